@@ -1,0 +1,44 @@
+"""Writing files so that none is ever half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` (same suffix); on success it takes ``path``'s place, else it is removed.
+
+    What is written at the temporary path may be a file or a folder. A folder replaces an existing one.
+
+    Raises:
+        UserError: the folder of ``path`` can't be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}; choose a writable folder") from error
+    temporary = holder / path.name
+    try:
+        yield temporary
+        if temporary.is_dir():
+            if path.exists():
+                os.replace(path, holder / "replaced")
+            os.replace(temporary, path)
+        else:
+            with open(temporary, "rb") as file:  # on disk before the name appears
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
