@@ -1,0 +1,84 @@
+"""Prompt -> text features of ragged length.
+
+L2P is conditioned on Qwen3's last hidden state but one, of the prompt set in the chat template as the user's turn. The
+features keep no padding: what pads a sequence later is learned and belongs to the transformer. No prompt weighting and no
+long-prompt chunking here: the published models were trained on the first 512 tokens.
+
+Letters: L_i tokens of prompt i, C features a token (2560 for Qwen3-4B).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 512
+# Every layer's hidden state of a batch is alive at once, so a long list of prompts goes through in pieces.
+_PROMPTS_AT_ONCE = 16
+
+
+def template_prompt(tokenizer, prompt: str) -> str:
+    """``prompt`` as the user's turn of the tokenizer's chat template, thinking enabled, the answer about to begin.
+
+    A tokenizer without a chat template gets the prompt as it is.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return prompt
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+
+
+def tokenize(tokenizer, prompt: str, max_tokens: int = MAX_TOKENS) -> list[int]:
+    """Token ids of the templated ``prompt``: at least one, at most ``max_tokens`` (what follows is cut, with a warning)."""
+    ids = list(tokenizer(template_prompt(tokenizer, prompt))["input_ids"])
+    if len(ids) > max_tokens:
+        logger.warning("the prompt has %d tokens; only the first %d are used: %.40s...", len(ids), max_tokens, prompt)
+        ids = ids[:max_tokens]
+    if not ids:  # an empty prompt and no template: the transformer still needs a token to attend to
+        filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
+        ids = [filler or 0]
+    return ids
+
+
+@torch.no_grad()
+def encode_prompts(
+    text_encoder,
+    tokenizer,
+    prompts: Sequence[str],
+    device: torch.device | str | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> list[torch.Tensor]:
+    """Encode prompts, each different one once, all of them as one batch.
+
+    The batch is padded on the right under a causal mask, so a prompt's features do not depend on its neighbours.
+
+    Args:
+        text_encoder: a transformers Qwen3 model (any causal model with `hidden_states` does).
+        tokenizer: its tokenizer.
+        prompts: n strings; "" is allowed.
+        device: where the encoder runs; the encoder's own by default.
+        max_tokens: longest sequence of token ids, template included.
+
+    Returns:
+        n tensors (L_i, C) in the encoder's dtype, on ``device``. `hidden_states[-2]`, as in Z-Image and L2P.
+    """
+    device = torch.device(device) if device is not None else text_encoder.device
+    unique = list(dict.fromkeys(prompts))
+    features: dict[str, torch.Tensor] = {}
+    for start in range(0, len(unique), _PROMPTS_AT_ONCE):
+        batch = unique[start : start + _PROMPTS_AT_ONCE]
+        rows = [torch.tensor(tokenize(tokenizer, prompt, max_tokens)) for prompt in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        hidden = text_encoder(
+            input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
+        ).hidden_states[-2]
+        for prompt, row, length in zip(batch, hidden, lengths.tolist(), strict=True):
+            features[prompt] = row[:length].clone()  # a view would keep the whole batch alive
+    return [features[prompt] for prompt in prompts]
