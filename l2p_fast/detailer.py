@@ -1,0 +1,339 @@
+"""The Detailer Head: a U-Net that turns the noisy picture and the transformer's features into the full-size prediction.
+
+One class, four level tables. B batch, C channels, H x W pixels, h x w token grid, D transformer width, K banded levels.
+
+At 4096 px the outer levels' feature maps take gigabytes although they hold little work. `DetailerHead.forward` therefore
+can run the K outer levels in bands of rows: one sweep encodes band by band and keeps only what has been pooled K times,
+the inner levels run whole, and a second sweep decodes band by band and computes the outer skips anew instead of storing
+them. Each band carries the rows that its convolutions reach into, so the result is that of the whole picture. Under
+autograd each band is a checkpoint, so training memory is banded too. Left out: bands of columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .errors import UserError
+
+
+class Level(NamedTuple):
+    """One resolution of the U-Net: its name and output channels of ``enc``, ``up`` and ``dec``."""
+
+    name: str
+    enc: int
+    up: int
+    dec: int
+
+
+_INNER = [Level("1", 64, 64, 32), Level("2", 128, 128, 64), Level("3", 256, 256, 128), Level("4", 512, 512, 256)]
+_4K = [Level("0", 16, 16, 16), Level("0b", 32, 32, 16), *_INNER]
+# Patch size -> levels from full resolution inwards.
+LEVELS: dict[int, list[Level]] = {
+    16: [Level("1", 64, 64, 64), *_INNER[1:]],
+    64: _4K,
+    128: [Level("_8k", 3, 16, 16), *_4K],
+    160: [Level("_10k_a", 3, 16, 16), *_4K[:-1]],
+}
+BOTTLENECK = 512
+BANDED_CHANNELS = 64  # levels up to this many encoder channels hold much memory and little work: these run in bands
+AUTO_MEMORY_MB = 256.0  # working memory the head may take when neither bands nor budget are given
+
+
+def size_multiple(patch_size: int) -> int:
+    """What height and width must be multiples of: the patch, and a whole number of pooled pixels."""
+    return math.lcm(patch_size, 2 ** len(LEVELS[patch_size]))
+
+
+class SplitConv1x1(nn.Conv2d):
+    """A 1x1 convolution over concat(x, resize(features)), without the concat and before the resize.
+
+    A 1x1 convolution commutes with the nearest resize, so the D feature channels are mapped at their own h x w.
+    """
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        """x (B, C, H, W), features (B, D, h, w) -> (B, out, H, W)."""
+        on_x, on_features = self.weight.split([x.shape[1], features.shape[1]], dim=1)
+        tokens = features.permute(0, 2, 3, 1)  # the transformer's own layout: no copy
+        mapped = F.linear(tokens, on_features.flatten(1)).permute(0, 3, 1, 2)
+        if mapped.shape[-2:] != x.shape[-2:]:
+            mapped = F.interpolate(mapped, size=x.shape[-2:], mode="nearest")
+        return F.conv2d(x, on_x, self.bias) + mapped
+
+
+class Rows(NamedTuple):
+    """Rows [start, stop) of a picture of ``height`` rows."""
+
+    start: int
+    stop: int
+    height: int
+
+    def grow(self, rows: int) -> Rows:
+        return self._replace(start=max(self.start - rows, 0), stop=min(self.stop + rows, self.height))
+
+    def pooled(self) -> Rows:
+        """The rows of the half-size picture that cover these."""
+        return Rows(self.start // 2, -(-self.stop // 2), self.height // 2)
+
+    def doubled(self) -> Rows:
+        return Rows(2 * self.start, 2 * self.stop, 2 * self.height)
+
+    def union(self, other: Rows) -> Rows:
+        return self._replace(start=min(self.start, other.start), stop=max(self.stop, other.stop))
+
+    def of(self, x: Tensor, held: Rows) -> Tensor:
+        """These rows of ``x`` (B, C, rows, W), which holds the rows ``held``."""
+        return x[:, :, self.start - held.start : self.stop - held.start]
+
+
+class DetailerHead(nn.Module):
+    """The U-Net head of an L2P checkpoint.
+
+    Args:
+        patch_size: 16 (1K), 64 (4K), 128 (8K) or 160 (10K); chooses the level table.
+        dim: the transformer's width D.
+        width: multiplies every channel count but the 3-channel ends (to multiples of 4); 1.0 is the published head.
+
+    Attributes:
+        band_rows: rows of a band at full resolution; None chooses from ``memory_mb``.
+        memory_mb: working memory in MB that the head aims to stay within beside its input and output; None: 256 MB. What
+            fits runs whole. The inner levels set a floor.
+
+    Raises:
+        UserError: a patch size without a table.
+    """
+
+    def __init__(self, patch_size: int, dim: int, width: float = 1.0):
+        super().__init__()
+        if patch_size not in LEVELS:
+            raise UserError(f"no Detailer Head for patch size {patch_size}; choose one of {sorted(LEVELS)}")
+        self.patch_size, self.dim, self.width = patch_size, dim, width
+        self.band_rows: int | None = None
+        self.memory_mb: float | None = None
+
+        def scaled(channels: int) -> int:
+            return channels if channels == 3 else max(4, 4 * round(channels * width / 4))
+
+        self.levels = [Level(n, scaled(enc), scaled(up), scaled(dec)) for n, enc, up, dec in LEVELS[patch_size]]
+        self.table_banded = sum(level.enc <= BANDED_CHANNELS for level in LEVELS[patch_size])
+        channels = 3
+        for level in self.levels:
+            self.add_module(f"enc{level.name}", nn.Sequential(nn.Conv2d(channels, level.enc, 3, padding=1), nn.SiLU()))
+            channels = level.enc
+        bottleneck = scaled(BOTTLENECK)
+        self.bottleneck = nn.Sequential(SplitConv1x1(channels + dim, bottleneck, 1), nn.SiLU())
+        channels = bottleneck
+        for level in reversed(self.levels):
+            up = nn.Conv2d(channels, level.up, 3, padding=1)
+            dec = nn.Conv2d(level.up + level.enc, level.dec, 3, padding=1)
+            self.add_module(f"up{level.name}", nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), up))
+            self.add_module(f"dec{level.name}", nn.Sequential(dec, nn.SiLU()))
+            channels = level.dec
+        self.out_conv = nn.Conv2d(channels, 3, 1)
+
+    def forward(
+        self, pixels: Tensor, features: Tensor, band_rows: int | None = None, memory_mb: float | None = None
+    ) -> Tensor:
+        """pixels (B, 3, H, W) in any dtype, features (B, D, h, w) -> (B, 3, H, W) in ``features``' dtype.
+
+        ``band_rows`` and ``memory_mb`` override the attributes. H and W must be multiples of 2 to the number of levels.
+        Channels-last features, such as a view of the transformer's tokens, are used without a copy.
+
+        Raises:
+            UserError: sizes that don't pool evenly, or features of another width.
+        """
+        self._check(pixels, features)
+        plan = self.plan(pixels, features.dtype, band_rows or self.band_rows, memory_mb or self.memory_mb)
+        if plan is None:
+            x = pixels.to(features.dtype, memory_format=torch.channels_last)
+            return self.out_conv(self._inner(x, features, first=0))
+        banded, rows = plan
+        height, width = pixels.shape[-2:]
+        pooled_height, pooled_width = height >> banded, width >> banded
+
+        def encode(sample: Tensor, start: int, stop: int) -> Tensor:
+            return self._encode_band(sample, Rows(start, stop, pooled_height), banded, features.dtype)
+
+        def decode(sample: Tensor, inner: Tensor, start: int, stop: int) -> Tensor:
+            return self._decode_band(sample, inner, Rows(start, stop, height), banded, features.dtype)
+
+        x = self._sweep(encode, (pixels,), rows >> banded, (self.levels[banded - 1].enc, pooled_height, pooled_width))
+        x = self._inner(x, features, first=banded)
+        return self._sweep(decode, (pixels, x), rows, (3, height, width))
+
+    def plan(
+        self, pixels: Tensor, dtype: torch.dtype, band_rows: int | None = None, memory_mb: float | None = None
+    ) -> tuple[int, int] | None:
+        """How a picture is run: (number of banded levels, rows of a band at full resolution), or None for whole.
+
+        With a budget and nothing else, what fits runs whole; else as many levels are banded as the table says, more where
+        the inner ones would not fit, and half of the budget sets the rows.
+        """
+        batch, _, height, width = pixels.shape
+        budget = (AUTO_MEMORY_MB if memory_mb is None else memory_mb) * 2**20
+        banded = self.table_banded
+        if band_rows is None:
+            if self._bytes(0, batch * height * width, dtype) <= budget:
+                return None
+            inner = [self._bytes(k, batch * height * width >> 2 * k, dtype) for k in range(len(self.levels))]
+            while banded < len(self.levels) - 1 and inner[banded] > budget:
+                banded += 1
+            row_bytes = self._bytes(0, width, dtype, last=banded)
+            halo = _halo(banded)
+            band_rows = max(int(budget / 2 / row_bytes) - 2 * halo, halo)
+        step = 2**banded
+        rows = -(-band_rows // step) * step
+        return (banded, rows) if rows < height else None
+
+    def forward_reference(self, pixels: Tensor, features: Tensor) -> Tensor:
+        """The same function written plainly: contiguous, concatenated, whole."""
+        x, skips = pixels.to(features.dtype).contiguous(), []
+        for level in self.levels:
+            x = self._part("enc", level)(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        resized = F.interpolate(features, size=x.shape[-2:], mode="nearest")
+        conv, activation = self.bottleneck
+        x = activation(F.conv2d(torch.cat([x, resized], dim=1), conv.weight, conv.bias))
+        for level in reversed(self.levels):
+            x = self._part("up", level)(x)
+            x = self._part("dec", level)(torch.cat([x, skips.pop()], dim=1))
+        return self.out_conv(x)
+
+    def _check(self, pixels: Tensor, features: Tensor) -> None:
+        step = 2 ** len(self.levels)
+        height, width = pixels.shape[-2:]
+        if height % step or width % step:
+            raise UserError(f"height and width must be multiples of {step} for this head, got {height} x {width}")
+        if features.shape[:2] != (pixels.shape[0], self.dim):
+            raise UserError(f"features must be ({pixels.shape[0]}, {self.dim}, h, w), got {tuple(features.shape)}")
+
+    def _part(self, kind: str, level: Level) -> nn.Module:
+        return getattr(self, kind + level.name)
+
+    def _inner(self, x: Tensor, features: Tensor, first: int) -> Tensor:
+        """Levels ``first`` inwards and the bottleneck, whole: pooled picture -> decoded features of its size."""
+        skips = []
+        for level in self.levels[first:]:
+            x = _conv_silu(self._part("enc", level), x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = _silu(self.bottleneck[0](x, features))
+        for level in reversed(self.levels[first:]):
+            x = self._part("up", level)(x)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = _conv_silu(self._part("dec", level), x)
+        return x
+
+    def _encode_band(self, pixels: Tensor, rows: Rows, banded: int, dtype: torch.dtype) -> Tensor:
+        """``rows`` of the picture after the outer ``banded`` levels and their pools."""
+        wanted = [rows.doubled()]
+        for _ in range(banded - 1):
+            wanted.insert(0, wanted[0].grow(1).doubled())
+        return F.max_pool2d(self._skips(pixels, wanted, dtype)[-1], 2)
+
+    def _decode_band(self, pixels: Tensor, inner: Tensor, rows: Rows, banded: int, dtype: torch.dtype) -> Tensor:
+        """``rows`` of the result, from the decoded features of level ``banded`` and skips computed anew."""
+        out_rows, wanted = _decoder_rows(rows, banded)
+        skips = self._skips(pixels, wanted, dtype)
+
+        held = out_rows[banded]
+        x = held.of(inner, Rows(0, held.height, held.height))
+        for k in range(banded - 1, -1, -1):
+            level, needed = self.levels[k], out_rows[k].grow(1)
+            upsample, conv = self._part("up", level)
+            x = out_rows[k].grow(2).of(upsample(x), held.doubled())
+            x = needed.of(conv(x), out_rows[k].grow(2))
+            x = torch.cat([x, needed.of(skips.pop(), wanted[k])], dim=1)
+            conv, _ = self._part("dec", level)
+            x = _silu(out_rows[k].of(conv(x), needed))
+            held = out_rows[k]
+        return self.out_conv(x)
+
+    def _skips(self, pixels: Tensor, wanted: list[Rows], dtype: torch.dtype) -> list[Tensor]:
+        """Encoder outputs of the outer levels, of level k the rows ``wanted[k]``.
+
+        A convolution pads every edge of its window with zeros. At the picture's own edge that is right; elsewhere the window
+        has one row more than wanted, and the row that the padding spoiled is cut off.
+        """
+        skips: list[Tensor] = []
+        for k, rows in enumerate(wanted):
+            needed = rows.grow(1)
+            if k == 0:
+                window = needed.of(pixels, Rows(0, rows.height, rows.height))
+                x = window.to(dtype, memory_format=torch.channels_last)
+            else:
+                outer = needed.doubled()
+                x = F.max_pool2d(outer.of(skips[-1], wanted[k - 1]), 2)
+            conv, _ = self._part("enc", self.levels[k])
+            skips.append(_silu(rows.of(conv(x), needed)))
+        return skips
+
+    def _sweep(
+        self, band: Callable[..., Tensor], inputs: tuple[Tensor, ...], rows: int, shape: Iterable[int]
+    ) -> Tensor:
+        """Run ``band(*sample, start, stop)`` over all samples and bands of ``rows`` rows; -> (B, *shape)."""
+        batch, height = inputs[0].shape[0], shape[1]
+        spans = [(start, min(start + rows, height)) for start in range(0, height, rows)]
+        if torch.is_grad_enabled():
+            samples = []
+            for i in range(batch):
+                sample = [x[i : i + 1] for x in inputs]
+                bands = [
+                    checkpoint(band, *sample, *span, use_reentrant=False, preserve_rng_state=False) for span in spans
+                ]
+                samples.append(torch.cat(bands, dim=2))
+            return torch.cat(samples)
+        result = None
+        for i in range(batch):
+            sample = [x[i : i + 1] for x in inputs]
+            for start, stop in spans:
+                out = band(*sample, start, stop)
+                if result is None:
+                    result = out.new_empty((batch, *shape))
+                    if shape[0] != 3:  # the inner levels go on channels-last; the picture is contiguous
+                        result = result.to(memory_format=torch.channels_last)
+                result[i : i + 1, :, start:stop] = out
+        return result
+
+    def _bytes(self, first: int, area: int, dtype: torch.dtype, last: int | None = None) -> int:
+        """Peak bytes of levels ``first`` to ``last`` whole, for ``area`` pixels at the first; with gradients, what they keep."""
+        levels = self.levels[first:last]
+        item = torch.finfo(dtype).bits // 8
+        if torch.is_grad_enabled():  # convolution inputs and pre-activations stay
+            return item * sum((area >> 2 * k) * (3 * x.enc + 3 * x.up + 2 * x.dec) for k, x in enumerate(levels))
+        skips = sum((area >> 2 * k) * level.enc for k, level in enumerate(levels))
+        outer = levels[0]
+        return item * (skips + area * (outer.up + max(2 * outer.up, outer.up + outer.enc + outer.dec)))
+
+
+def _silu(x: Tensor) -> Tensor:
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def _conv_silu(part: nn.Sequential, x: Tensor) -> Tensor:
+    return _silu(part[0](x))
+
+
+def _decoder_rows(rows: Rows, banded: int) -> tuple[list[Rows], list[Rows]]:
+    """What ``rows`` of the result need: decoder output of levels 0 to ``banded``, encoder output of levels below ``banded``."""
+    decoded = [rows]
+    for _ in range(banded):
+        decoded.append(decoded[-1].grow(2).pooled())  # two convolutions, then the half size
+    encoded = [r.grow(1) for r in decoded[:banded]]  # as skips ...
+    for k in range(banded - 1, 0, -1):  # ... and as the source of the next level's
+        encoded[k - 1] = encoded[k - 1].union(encoded[k].grow(1).doubled())
+    return decoded, encoded
+
+
+def _halo(banded: int) -> int:
+    """Rows of the picture that a decoded band reads beyond each of its edges."""
+    step = 2**banded
+    rows = Rows(64 * step, 65 * step, 128 * step)
+    return rows.start - _decoder_rows(rows, banded)[1][0].grow(1).start

@@ -1,0 +1,230 @@
+"""The transformer's body: what Z-Image's blocks compute, with the same parameter names.
+
+B batch, N tokens, D model width, H heads, E = D / H head width, A = min(D, 256) width of the timestep embedding.
+
+The four memory-bound steps of a block (norm and modulate, gated residual, query-key norm with RoPE, SiLU gate) are each one
+function here, so a fused version has one place to go. Left out: what only latent or multi-image models need.
+Source: Z-Image (arXiv 2511.22699); its public form is diffusers' ``ZImageTransformer2DModel``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+ADALN_DIM = 256  # the timestep embedding is never wider than this
+SEQUENCE_MULTIPLE = 32  # each sequence is filled up to a multiple of this with a learned token
+Rope = tuple[Tensor, Tensor]  # cos and sin, each (B or 1, N, 1, E / 2) fp32
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32, in ``x``'s dtype."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def norm_modulate(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """rms_norm(x (B, N, D)) * (1 + scale (B or 1, 1, D))."""
+    return rms_norm(x, weight, eps) * (1 + scale)
+
+
+def gate_norm_residual(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """residual + tanh(gate (B or 1, 1, D)) * rms_norm(x (B, N, D))."""
+    return torch.addcmul(residual, gate.tanh(), rms_norm(x, weight, eps))
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair (x[2i], x[2i + 1]) of x (B, N, H, E) by its angle, in fp32; ``x``'s dtype comes back."""
+    cos, sin = rope
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def qk_norm_rope(x: Tensor, weight: Tensor, rope: Rope, eps: float) -> Tensor:
+    """apply_rope(rms_norm(x (B, N, H, E))), for queries or keys."""
+    return apply_rope(rms_norm(x, weight, eps), rope)
+
+
+def silu_mul(x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) * y."""
+    return F.silu(x) * y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, alone or with what follows it in a block.
+
+    The step that follows runs inside this module's ``forward``, so that hooks on the module (offloading, casting) see
+    every use of its weight.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        scale: Tensor | None = None,
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """norm(x); with ``scale``: modulated; with ``residual``: added to it, gated by ``gate``; with ``rope``: turned."""
+        if scale is not None:
+            return norm_modulate(x, self.weight, scale, self.eps)
+        if rope is not None:
+            return qk_norm_rope(x, self.weight, rope, self.eps)
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps)
+        if gate is None:
+            return residual + rms_norm(x, self.weight, self.eps)
+        return gate_norm_residual(residual, x, self.weight, gate, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def rope_tables(positions: Tensor, axes_dims: tuple[int, ...], theta: float) -> Rope:
+    """cos and sin for positions (..., N, axes), possibly fractional: each (..., N, 1, E / 2) fp32.
+
+    Angles are computed in fp64 and rounded once; at integer positions they equal Z-Image's precomputed tables bit for bit.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(positions[..., axis, None].double() * frequencies)
+    angles = torch.cat(angles, dim=-1).float().unsqueeze(-2)
+    return angles.cos(), angles.sin()
+
+
+class AttnProcessor:
+    """Self-attention over (B, N, D) through diffusers' attention dispatcher."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: Attention, x: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+        query, key, value = (linear(x).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query, rope=rope), attn.norm_k(key, rope=rope)
+        else:
+            query, key = apply_rope(query, rope), apply_rope(key, rope)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(value.dtype)
+        out = dispatch_attention_fn(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            attn_mask=mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](out.flatten(2, 3).to(value.dtype))
+
+
+class Attention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention with query-key norm and RoPE; no biases."""
+
+    _default_processor_cls = AttnProcessor
+    _available_processors = [AttnProcessor]
+    _supports_qkv_fusion = False  # it would change the checkpoint's keys
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+        self.norm_q = RMSNorm(dim // heads, eps) if qk_norm else None
+        self.norm_k = RMSNorm(dim // heads, eps) if qk_norm else None
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D). ``mask`` (B or 1, 1, 1, N): which keys are seen, or a bias on their logits."""
+        return self.processor(self, x, rope, mask)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x), hidden width 8/3 D."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = int(dim / 3 * 8)
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(silu_mul(self.w1(x), self.w3(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each with a norm before and after; with ``modulation`` the timestep scales and gates."""
+
+    def __init__(self, dim: int, heads: int, norm_eps: float, qk_norm: bool, modulation: bool = True):
+        super().__init__()
+        self.attention = Attention(dim, heads, qk_norm, eps=1e-5)
+        self.feed_forward = FeedForward(dim)
+        self.attention_norm1 = RMSNorm(dim, norm_eps)
+        self.ffn_norm1 = RMSNorm(dim, norm_eps)
+        self.attention_norm2 = RMSNorm(dim, norm_eps)
+        self.ffn_norm2 = RMSNorm(dim, norm_eps)
+        self.modulation = modulation
+        if modulation:
+            self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, ADALN_DIM), 4 * dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        modulation: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D).
+
+        Args:
+            mask: (B or 1, 1, 1, N), see `Attention`.
+            temb: (B or 1, A) timestep embedding, for a modulated block.
+            modulation: (B or 1, 4 D) ``adaLN_modulation(temb)`` computed beforehand, instead of ``temb``.
+        """
+        scale_msa = gate_msa = scale_mlp = gate_mlp = None
+        if self.modulation:
+            if modulation is None:
+                modulation = self.adaLN_modulation(temb)
+            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.unsqueeze(1).chunk(4, dim=-1)
+        y = self.attention(self.attention_norm1(x, scale=scale_msa), rope, mask)
+        x = self.attention_norm2(y, residual=x, gate=gate_msa)
+        y = self.feed_forward(self.ffn_norm1(x, scale=scale_mlp))
+        return self.ffn_norm2(y, residual=x, gate=gate_mlp)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of 256, then an MLP: times (B,) -> (B, A)."""
+
+    def __init__(self, out_dim: int, hidden_dim: int = 1024, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sinusoid is computed in fp32 whatever ``dtype`` the MLP runs in: times reach 1000."""
+        half = self.frequencies // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+
+
+class TextEmbedder(nn.Sequential):
+    """Text features (..., F) -> tokens (..., D): norm, then a linear map."""
+
+    def __init__(self, feature_dim: int, dim: int, eps: float):
+        super().__init__(RMSNorm(feature_dim, eps), nn.Linear(feature_dim, dim))

@@ -1,0 +1,353 @@
+"""The L2P model: patches of pixels -> Z-Image's transformer -> Detailer Head.
+
+B batch, D model width, E head width, P patch, h x w token grid, L text tokens, N image and text tokens of one sample.
+
+A sample's sequence is its image tokens, then its text tokens, each filled up to a multiple of 32 with a learned token that
+is attended like any other. All samples of a batch share the image grid, so only texts differ in length: what makes a batch
+of them rectangular stands at the end and is masked, and when nothing stands there, there is no mask at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from .detailer import LEVELS, DetailerHead, size_multiple
+from .dit import ADALN_DIM, SEQUENCE_MULTIPLE, Rope, TextEmbedder, TimestepEmbedder, TransformerBlock, rope_tables
+from .errors import UserError
+
+
+@dataclass
+class Conditioning:
+    """What a run's steps share, made by `L2PTransformer2DModel.prepare` for B samples of one size.
+
+    Attributes:
+        text: (B, L, D) refined text tokens.
+        rope_image: RoPE of the image tokens.
+        rope_joint: RoPE of image and text tokens.
+        mask: (B or 1, 1, 1, N) keys to attend (bool) or bias on their logits (fp32); None when all are attended alike.
+        size: (height, width) in pixels.
+        modulations: for each modulated block (steps, 4 D); None where the timesteps were not given.
+    """
+
+    text: Tensor
+    rope_image: Rope
+    rope_joint: Rope
+    mask: Tensor | None
+    size: tuple[int, int]
+    modulations: list[Tensor] | None = None
+
+
+class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+    """The pixel-space diffusion transformer of L2P (arXiv 2605.12013). The defaults are the published 1K model.
+
+    Args:
+        all_patch_size: one patch size: 16 (1K), 64 (4K), 128 (8K) or 160 (10K). It chooses the head.
+        all_f_patch_size: always (1,).
+        in_channels: always 3.
+        dim: model width D.
+        n_layers, n_refiner_layers: joint blocks; blocks of each of the two refiners (image, text).
+        n_heads, n_kv_heads: attention heads; both the same.
+        norm_eps: epsilon of the norms.
+        qk_norm: normalize queries and keys per head.
+        cap_feat_dim: width of the text features.
+        rope_theta, axes_dims, axes_lens: RoPE base, head channels per axis (text, row, column) and positions that the
+            published model saw on each. Positions beyond them are computed, not refused.
+        t_scale: the timestep embedder sees t * t_scale.
+        head_width: multiplies the Detailer Head's channels.
+        rope_grid: with a number, every token grid is mapped onto the positions of a ``rope_grid`` x ``rope_grid`` one
+            (centred, aspect kept), and image keys get the logit bias log(rope_grid^2 / (h w)) beside text, so that a model
+            trained on that grid can run on any. None (published): rows and columns are their own positions.
+
+    Raises:
+        UserError: a configuration that no L2P model has.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock"]
+    _repeated_blocks = ["TransformerBlock"]
+    _skip_layerwise_casting_patterns = ["t_embedder", "cap_embedder", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        all_patch_size: Sequence[int] = (16,),
+        all_f_patch_size: Sequence[int] = (1,),
+        in_channels: int = 3,
+        dim: int = 3840,
+        n_layers: int = 30,
+        n_refiner_layers: int = 2,
+        n_heads: int = 30,
+        n_kv_heads: int = 30,
+        norm_eps: float = 1e-5,
+        qk_norm: bool = True,
+        cap_feat_dim: int = 2560,
+        rope_theta: float = 256.0,
+        t_scale: float = 1000.0,
+        axes_dims: Sequence[int] = (32, 48, 48),
+        axes_lens: Sequence[int] = (1024, 512, 512),
+        head_width: float = 1.0,
+        rope_grid: int | None = None,
+    ):
+        super().__init__()
+        if len(all_patch_size) != 1 or all_patch_size[0] not in LEVELS:
+            raise UserError(f"all_patch_size must hold one of {sorted(LEVELS)}, got {list(all_patch_size)}")
+        if list(all_f_patch_size) != [1] or in_channels != 3:
+            raise UserError(
+                f"an L2P model has all_f_patch_size [1] and in_channels 3, got {list(all_f_patch_size)} and {in_channels}"
+            )
+        if n_kv_heads != n_heads:
+            raise UserError(f"n_kv_heads must equal n_heads = {n_heads}, got {n_kv_heads}")
+        if dim != n_heads * sum(axes_dims) or any(d % 2 for d in axes_dims):
+            raise UserError(
+                f"axes_dims must be even and sum up to dim / n_heads = {dim / n_heads:g}, got {list(axes_dims)}"
+            )
+        patch = all_patch_size[0]
+        self.gradient_checkpointing = False
+
+        def blocks(count: int, modulation: bool) -> nn.ModuleList:
+            return nn.ModuleList(TransformerBlock(dim, n_heads, norm_eps, qk_norm, modulation) for _ in range(count))
+
+        self.all_x_embedder = nn.ModuleDict({f"{patch}-1": nn.Linear(patch * patch * in_channels, dim)})
+        self.noise_refiner = blocks(n_refiner_layers, modulation=True)
+        self.context_refiner = blocks(n_refiner_layers, modulation=False)
+        self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
+        self.cap_embedder = TextEmbedder(cap_feat_dim, dim, norm_eps)
+        self.x_pad_token = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))
+        self.cap_pad_token = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))
+        self.layers = blocks(n_layers, modulation=True)
+        self.local_decoder = DetailerHead(patch, dim, head_width)
+
+    @classmethod
+    def from_single_file(
+        cls, path, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu", **config
+    ) -> L2PTransformer2DModel:
+        """Load a checkpoint of any layout that `l2p_fast.checkpoint.load_model` reads. ``config`` overrides arguments.
+
+        Raises:
+            UserError: a file that is none, damaged, or of another model.
+        """
+        from .checkpoint import load_model
+
+        return load_model(path, dtype=torch_dtype, device=device, **config)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.all_patch_size[0]
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width must be multiples of: the patch, but 320 for patch 160."""
+        return size_multiple(self.patch_size)
+
+    @property
+    def modulated_blocks(self) -> list[TransformerBlock]:
+        """The blocks that the timestep modulates, in the order of `Conditioning.modulations`."""
+        return [*self.noise_refiner, *self.layers]
+
+    def forward(
+        self,
+        pixels: Tensor,
+        t: Tensor | None = None,
+        cap_feats: Sequence[Tensor] | None = None,
+        *,
+        cond: Conditioning | None = None,
+        step: int | None = None,
+    ) -> Tensor:
+        """The raw prediction x0 - eps.
+
+        Args:
+            pixels: (B, 3, H, W) noisy picture, range about [-1, 1], any floating dtype.
+            t: (B,) model time 1 - sigma in [0, 1]; not needed with ``step``.
+            cap_feats: B tensors (L_i, cap_feat_dim), text features without padding; not needed with ``cond``.
+            cond: `prepare` of the same texts and size, to reuse what does not depend on the step.
+            step: index into the timesteps that ``cond`` was prepared with.
+
+        Returns:
+            (B, 3, H, W) in the model's dtype.
+
+        Raises:
+            UserError: sizes, counts or widths that don't fit the model or each other.
+        """
+        batch, channels, height, width = pixels.shape if pixels.ndim == 4 else (0, 0, 0, 0)
+        if channels != 3 or batch == 0:
+            raise UserError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
+        if cond is None:
+            if cap_feats is None:
+                raise UserError("the model needs cap_feats, or cond = prepare(cap_feats, height, width)")
+            cond = self.prepare(cap_feats, height, width)
+        if cond.text.shape[0] != batch or cond.size != (height, width):
+            raise UserError(
+                f"the text conditioning is for {cond.text.shape[0]} samples of {cond.size[0]} x {cond.size[1]}, "
+                f"pixels are {batch} of {height} x {width}"
+            )
+        temb, modulations = None, [None] * len(self.modulated_blocks)
+        if step is None:
+            if t is None or t.shape != (batch,):
+                raise UserError(f"t must be ({batch},), one per sample, got {None if t is None else tuple(t.shape)}")
+            temb = self._embed_time(t.to(pixels.device))
+        else:
+            steps = 0 if cond.modulations is None else cond.modulations[0].shape[0]
+            if not 0 <= step < steps:
+                raise UserError(f"step must be one of the {steps} timesteps given to prepare, got {step}")
+            modulations = [m[step : step + 1] for m in cond.modulations]
+
+        grid = height // self.patch_size, width // self.patch_size
+        x = self._embed_image(pixels)
+        refiners = len(self.noise_refiner)
+        for block, modulation in zip(self.noise_refiner, modulations[:refiners], strict=True):
+            x = self._run(block, x, cond.rope_image, None, temb, modulation)
+        x = torch.cat([x, cond.text.to(x.dtype)], dim=1)
+        for block, modulation in zip(self.layers, modulations[refiners:], strict=True):
+            x = self._run(block, x, cond.rope_joint, cond.mask, temb, modulation)
+        features = x[:, : math.prod(grid)].unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last as it stands
+        return self.local_decoder(pixels, features)
+
+    def prepare(
+        self, cap_feats: Sequence[Tensor], height: int, width: int, timesteps: Tensor | None = None
+    ) -> Conditioning:
+        """Compute once what the steps of a run share: refined text, RoPE, mask and, with ``timesteps``, adaLN.
+
+        Args:
+            cap_feats: B tensors (L_i, cap_feat_dim) of text features without padding.
+            height, width: size of the pictures in pixels.
+            timesteps: (steps,) model times 1 - sigma of the run; `forward` then takes ``step`` instead of ``t``.
+
+        Raises:
+            UserError: a size that is no multiple of `size_multiple`, no texts, an empty text, a wrong feature width.
+        """
+        self._check_size(height, width)
+        self._check_texts(cap_feats)
+        device = self.x_pad_token.device
+        lengths = [len(c) for c in cap_feats]
+        padded = [_round_up(n) for n in lengths]
+        longest = max(padded)
+        batch = len(lengths)
+
+        tokens = self.cap_embedder(torch.cat([c.to(device, self.x_pad_token.dtype) for c in cap_feats]))
+        pad = self.cap_pad_token.to(tokens.dtype)
+        rows = [torch.cat([x, pad.expand(longest - len(x), -1)]) for x in tokens.split(lengths)]
+        text = torch.stack(rows)
+        text_positions = torch.zeros(longest, 3, dtype=torch.float64)
+        text_positions[:, 0] = torch.arange(1, longest + 1)
+        grid = height // self.patch_size, width // self.patch_size
+        image_positions = [self._image_positions(grid, n) for n in (padded if len(set(padded)) > 1 else padded[:1])]
+        image_positions = torch.stack(image_positions)  # one for all where the texts have one padded length
+        joint_positions = torch.cat([image_positions, text_positions.expand(len(image_positions), -1, -1)], dim=1)
+        rope_text, rope_image, rope_joint = (
+            self._rope(p, device) for p in (text_positions[None], image_positions, joint_positions)
+        )
+
+        attended = None
+        if len(set(padded)) > 1:
+            attended = torch.arange(longest) < torch.tensor(padded)[:, None]
+        text_mask = None if attended is None else attended[:, None, None].to(device)
+        for block in self.context_refiner:
+            text = self._run(block, text, rope_text, text_mask)
+        modulations = None
+        if timesteps is not None:
+            if timesteps.ndim != 1:
+                raise UserError(f"timesteps must be (steps,), got {tuple(timesteps.shape)}")
+            temb = self._embed_time(timesteps.to(device))
+            modulations = [block.adaLN_modulation(temb) for block in self.modulated_blocks]
+        mask = self._joint_mask(attended, batch, longest, image_positions.shape[1], grid)
+        return Conditioning(
+            text=text,
+            rope_image=rope_image,
+            rope_joint=rope_joint,
+            mask=None if mask is None else mask.to(device),
+            size=(height, width),
+            modulations=modulations,
+        )
+
+    def _run(self, block: TransformerBlock, *args) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        return self.t_embedder(t.float() * self.config.t_scale, self.x_pad_token.dtype)
+
+    def _embed_image(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, D), filled up to a multiple of 32."""
+        patches = patchify(pixels, self.patch_size, dtype=self.x_pad_token.dtype)
+        x = self.all_x_embedder[f"{self.patch_size}-1"](patches)
+        missing = _round_up(x.shape[1]) - x.shape[1]
+        if missing:
+            x = torch.cat([x, self.x_pad_token.to(x.dtype).expand(x.shape[0], missing, -1)], dim=1)
+        return x
+
+    def _image_positions(self, grid: tuple[int, int], text_length: int) -> Tensor:
+        """(N, 3) fp64 positions of the image tokens, behind a text of ``text_length`` padded tokens."""
+        h, w = grid
+        rows, columns = torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64)
+        side = self.config.rope_grid
+        if side is not None:
+            step = side / max(h, w)
+            rows = (rows + 0.5) * step - 0.5 + (side - h * step) / 2
+            columns = (columns + 0.5) * step - 0.5 + (side - w * step) / 2
+        positions = torch.zeros(_round_up(h * w), 3, dtype=torch.float64)  # padding tokens stay at 0, 0, 0
+        positions[: h * w, 0] = text_length + 1
+        positions[: h * w, 1] = rows.repeat_interleave(w)
+        positions[: h * w, 2] = columns.repeat(h)
+        return positions
+
+    def _rope(self, positions: Tensor, device: torch.device) -> Rope:
+        cos, sin = rope_tables(positions, self.config.axes_dims, self.config.rope_theta)
+        return cos.to(device), sin.to(device)
+
+    def _joint_mask(
+        self, attended: Tensor | None, batch: int, text_length: int, image_length: int, grid: tuple[int, int]
+    ) -> Tensor | None:
+        """(B or 1, 1, 1, N) for the joint blocks: None, bool (ragged texts), or fp32 where ``rope_grid`` weighs image keys."""
+        bias = 0.0
+        if self.config.rope_grid is not None:
+            bias = math.log(self.config.rope_grid**2 / math.prod(grid))
+        if attended is None and bias == 0.0:
+            return None
+        if attended is not None:
+            attended = torch.cat([torch.ones(batch, image_length, dtype=torch.bool), attended], dim=1)
+        if bias == 0.0:
+            return attended[:, None, None]
+        mask = torch.zeros(1 if attended is None else batch, image_length + text_length)
+        mask[:, :image_length] = bias
+        if attended is not None:
+            mask = mask.masked_fill(~attended, -math.inf)
+        return mask[:, None, None]
+
+    def _check_size(self, height: int, width: int) -> None:
+        step = self.size_multiple
+        if height < 1 or width < 1 or height % step or width % step:
+            near = [max(1, round(n / step)) * step for n in (height, width)]
+            raise UserError(
+                f"height and width must be multiples of {step} for this model, got {height} x {width}; "
+                f"try {near[0]} x {near[1]}"
+            )
+
+    def _check_texts(self, cap_feats: Sequence[Tensor]) -> None:
+        width = self.config.cap_feat_dim
+        if not len(cap_feats):
+            raise UserError("cap_feats must hold one tensor of text features per sample, got none")
+        for i, features in enumerate(cap_feats):
+            if features.ndim != 2 or features.shape[1] != width or not len(features):
+                raise UserError(
+                    f"cap_feats[{i}] must be (at least 1, {width}) text features, got {tuple(features.shape)}"
+                )
+
+
+def _round_up(length: int) -> int:
+    return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+
+
+def patchify(pixels: Tensor, patch_size: int, dtype: torch.dtype | None = None) -> Tensor:
+    x = pixels.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # B C h P w P
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2).to(dtype or pixels.dtype)
