@@ -1,9 +1,9 @@
 """Sampling as a diffusers pipeline: prompt -> pixels, with no VAE between.
 
-The state is the picture itself, fp32 in [-1, 1]; the transformer runs in its own dtype. What does not depend on the step
-is computed once (`L2PTransformer2DModel.prepare`). Guidance has its usual meaning, v_neg + g * (v_pos - v_neg), so g = 1
-is none. Left out: LoRA loading (the transformer's own adapter methods do it) and samplers of higher order (swap the
-scheduler).
+The state is the picture itself, fp32 in [-1, 1]; the transformer runs in its own dtype. What does not depend on the
+step is computed once (`L2PTransformer2DModel.prepare`). Guidance has its usual meaning, v_neg + g * (v_pos - v_neg), so
+g = 1 is none. Left out: LoRA loading (the transformer's own adapter methods do it) and samplers of higher order (swap
+the scheduler).
 
 Letters: B images, R = 2B rows with guidance (B without), H x W pixels, N steps.
 """
@@ -79,8 +79,8 @@ def draw_noise(
 ) -> torch.Tensor:
     """Standard normal noise (B, 3, H, W) fp32, drawn image by image.
 
-    One generator draws the images in turn; a list holds one each, so an image does not depend on its neighbours. Without
-    one the CPU's global generator draws: a seed means the same picture on every device.
+    One generator draws the images in turn; a list holds one each, so an image does not depend on its neighbours.
+    Without one the CPU's global generator draws: a seed means the same picture on every device.
     """
     batch = shape[0]
     generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * batch
@@ -92,11 +92,11 @@ def draw_noise(
 
 
 def image_to_pixels(image: Any, height: int, width: int) -> torch.Tensor:
-    """A picture as (1, 3, H, W) fp32 in [-1, 1], resized to ``height`` x ``width`` (Lanczos; tensors: antialiased bicubic).
+    """A picture as (1, 3, H, W) fp32 in [-1, 1], resized to ``height`` x ``width`` (tensors: antialiased bicubic).
 
     Args:
-        image: PIL image (turned upright by its EXIF, alpha dropped), array (H, W, 3) uint8 or float in [0, 1], or tensor
-            (3, H, W) or (1, 3, H, W) in [0, 1].
+        image: PIL image (turned upright by its EXIF, alpha dropped), array (H, W, 3) uint8 or float in [0, 1], or
+            tensor (3, H, W) or (1, 3, H, W) in [0, 1].
     """
     if isinstance(image, np.ndarray):
         image = image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
@@ -106,19 +106,20 @@ def image_to_pixels(image: Any, height: int, width: int) -> torch.Tensor:
         if image.size != (width, height):
             image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    elif isinstance(image, torch.Tensor):
+    else:
         pixels = (image if image.ndim == 4 else image[None]).float() * 2 - 1
         if pixels.shape[:2] != (1, 3):
             raise UserError(f"image: wanted a tensor (3, H, W) in [0, 1], got {tuple(image.shape)}")
         if pixels.shape[-2:] != (height, width):
             pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    else:
-        raise UserError(f"image: wanted a PIL image, an array or a tensor, got {type(image).__name__}")
     return pixels.clamp(-1, 1)
 
 
 def pixels_to_images(pixels: torch.Tensor, output_type: str) -> Any:
-    """Pixels (B, 3, H, W) in [-1, 1] as "pil" list, "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent": as is."""
+    """Pixels (B, 3, H, W) in [-1, 1] as ``output_type`` asks.
+
+    "pil": a list; "np" (B, H, W, 3) or "pt" (B, 3, H, W): in [0, 1]; "latent": unchanged.
+    """
     if output_type == "latent":
         return pixels
     if output_type == "pil":
@@ -210,7 +211,7 @@ class L2PPipeline(DiffusionPipeline):
     def encode_prompt(self, prompts: Sequence[str], device: torch.device | None = None) -> list[torch.Tensor]:
         """Features (L_i, C) of each prompt; see `text.encode_prompts`."""
         if self.text_encoder is None or self.tokenizer is None:
-            raise UserError("this pipeline has no text encoder: load one, or pass prompt_embeds and negative_prompt_embeds")
+            raise UserError("this pipeline has no text encoder: load one, or pass (negative_)prompt_embeds")
         return encode_prompts(self.text_encoder, self.tokenizer, prompts, device or self._execution_device)
 
     def coarse_resolution(self, height: int, width: int, coarse_size: int | None = None) -> tuple[int, int] | None:
@@ -268,13 +269,13 @@ class L2PPipeline(DiffusionPipeline):
             strength: in (0, 1]: the share of the steps that an image-to-image run takes; 1 ignores the image.
             prompt_embeds, negative_prompt_embeds: n tensors (L_i, C) instead of the prompts.
             cfg_batch: both halves of guidance as one batch: True, False, or "auto" (True until memory forbids).
-            coarse_size, coarse_strength: override the config's; ``coarse_size`` 0 switches the coarse start off. With it
-                the picture is first sampled small, enlarged, noised to the first sigma <= ``coarse_strength`` and
+            coarse_size, coarse_strength: override the config's; ``coarse_size`` 0 switches the coarse start off. With
+                it the picture is first sampled small, enlarged, noised to the first sigma <= ``coarse_strength`` and
                 finished at full size. Both noises come from the same generator, the coarse one first.
-            output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W) in [0, 1], or "latent": (B, 3, H, W) in about [-1, 1].
+            output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W) in [0, 1], or "latent": the state, about [-1, 1].
             return_dict: False returns a tuple with the pictures.
-            callback_on_step_end: called with the pipeline, the step (counted over both stages), its timestep in [0, 1000]
-                and {"latents": state}; it may return {"latents": a new state}.
+            callback_on_step_end: called with the pipeline, the step (counted over both stages), its timestep in
+                [0, 1000] and {"latents": state}; it may return {"latents": a new state}.
 
         Returns:
             `ImagePipelineOutput` whose ``images`` is a list or an array of B.
@@ -321,7 +322,8 @@ class L2PPipeline(DiffusionPipeline):
         if image is not None:
             first = min(steps - 1, int(steps - steps * strength))
         elif coarse := self.coarse_resolution(height, width, coarse_size):
-            first = min(steps - 1, int((sigmas > coarse_strength).sum()))
+            # 0.6 is not exactly 0.6 in fp32
+            first = min(steps - 1, int((sigmas > coarse_strength + 1e-6).sum()))
             coarse = coarse if first else None  # at sigma 1 nothing of a coarse picture would be left
 
         def run(pixels: torch.Tensor, begin: int, done: int, bar) -> torch.Tensor:
@@ -383,6 +385,8 @@ class L2PPipeline(DiffusionPipeline):
         own = [NATIVE_TOKENS * self.patch_size] * 2
         if image is not None:
             one = image[0] if isinstance(image, (list, tuple)) else image
+            if not isinstance(one, (PIL.Image.Image, np.ndarray, torch.Tensor)):
+                raise UserError(f"image: wanted a PIL image, an array or a tensor, got {type(one).__name__}")
             if isinstance(one, PIL.Image.Image):
                 size = PIL.ImageOps.exif_transpose(one).size[::-1]
             else:
@@ -518,34 +522,34 @@ def load_pipeline(
 
     Args:
         model: path. A pipeline folder has a ``model_index.json``.
-        text_encoder: folder or hub id with subfolders ``text_encoder`` and ``tokenizer``, such as Tongyi-MAI/Z-Image-Turbo;
-            needed unless ``model`` is a pipeline folder.
-        torch_dtype: of transformer and text encoder; None: as stored.
+        text_encoder: folder or hub id with subfolders ``text_encoder`` and ``tokenizer``, such as
+            Tongyi-MAI/Z-Image-Turbo; needed unless ``model`` is a pipeline folder.
+        torch_dtype: of transformer and text encoder; None: as the transformer is stored (`Checkpoint.default_dtype`).
 
     Raises:
         UserError: a file that can't be used, or no text encoder.
     """
+    # By their own modules: transformers' automatic classes take seconds to import.
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+    from .checkpoint import load_model
+
     model = os.fspath(model)
-    encoder = tokenizer = None
-    if text_encoder is not None:
-        from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
-        from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
-
-        source = os.fspath(text_encoder)
-        try:
-            tokenizer = Qwen2Tokenizer.from_pretrained(source, subfolder="tokenizer")
-            encoder = Qwen3Model.from_pretrained(source, subfolder="text_encoder", dtype=torch_dtype or "auto")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"can't load a Qwen3 text encoder from {source}: {str(error).splitlines()[0]}") from error
-    if os.path.isfile(os.path.join(model, "model_index.json")):
-        given = {} if encoder is None else {"text_encoder": encoder, "tokenizer": tokenizer}
-        try:
-            return L2PPipeline.from_pretrained(model, torch_dtype=torch_dtype, local_files_only=True, **given)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"can't load the pipeline folder {model}: {str(error).splitlines()[0]}") from error
-    if encoder is None:
+    is_pipeline = os.path.isfile(os.path.join(model, "model_index.json"))
+    if not is_pipeline and text_encoder is None:
         raise UserError(f"{model} holds no text encoder; name one as well, for example Tongyi-MAI/Z-Image-Turbo")
-    from .model import L2PTransformer2DModel
-
-    transformer = L2PTransformer2DModel.from_single_file(model, torch_dtype=torch_dtype)
-    return L2PPipeline(transformer, encoder, tokenizer, make_scheduler())
+    transformer = load_model(os.path.join(model, "transformer") if is_pipeline else model, dtype=torch_dtype)
+    source = model if text_encoder is None else os.fspath(text_encoder)
+    try:
+        tokenizer = Qwen2Tokenizer.from_pretrained(source, subfolder="tokenizer")
+        encoder = Qwen3Model.from_pretrained(source, subfolder="text_encoder", dtype=transformer.dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"can't load a Qwen3 text encoder from {source}: {str(error).splitlines()[0]}") from error
+    components = {"transformer": transformer, "text_encoder": encoder, "tokenizer": tokenizer}
+    if not is_pipeline:
+        return L2PPipeline(scheduler=make_scheduler(), **components)
+    try:  # what is left to read is the scheduler and the defaults
+        return L2PPipeline.from_pretrained(model, local_files_only=True, **components)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"can't load the pipeline folder {model}: {str(error).splitlines()[0]}") from error

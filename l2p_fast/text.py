@@ -1,8 +1,8 @@
 """Prompt -> text features of ragged length.
 
 L2P is conditioned on Qwen3's last hidden state but one, of the prompt set in the chat template as the user's turn. The
-features keep no padding: what pads a sequence later is learned and belongs to the transformer. No prompt weighting and no
-long-prompt chunking here: the published models were trained on the first 512 tokens.
+features keep no padding: what pads a sequence later is learned and belongs to the transformer. No prompt weighting and
+no long-prompt chunking here: the published models were trained on the first 512 tokens.
 
 Letters: L_i tokens of prompt i, C features a token (2560 for Qwen3-4B).
 """
@@ -34,7 +34,7 @@ def template_prompt(tokenizer, prompt: str) -> str:
 
 
 def tokenize(tokenizer, prompt: str, max_tokens: int = MAX_TOKENS) -> list[int]:
-    """Token ids of the templated ``prompt``: at least one, at most ``max_tokens`` (what follows is cut, with a warning)."""
+    """Token ids of the templated ``prompt``: at least one, at most ``max_tokens`` (the rest is cut, with a warning)."""
     ids = list(tokenizer(template_prompt(tokenizer, prompt))["input_ids"])
     if len(ids) > max_tokens:
         logger.warning("the prompt has %d tokens; only the first %d are used: %.40s...", len(ids), max_tokens, prompt)
