@@ -1,0 +1,110 @@
+"""What every training of the small world shares: optimizers, average weights, a resumable loop with a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..files import atomic_path
+
+
+class Optimizer:
+    """Muon for the weight matrices of the blocks, AdamW for all else; one learning rate for both.
+
+    `matrices` says which parameters go to Muon (its update has the size of AdamW's, so the rate can be shared).
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], lr: float, matrices: Callable[[str, Tensor], bool]):
+        named = [(name, p) for name, p in named if p.requires_grad]
+        muon = [p for name, p in named if matrices(name, p)]
+        rest = [p for name, p in named if not matrices(name, p)]
+        self.parts = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        if muon:
+            self.parts.append(torch.optim.Muon(muon, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        self.parameters = [p for _, p in named]
+        self.lr = lr
+
+    def step(self, scale: float) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.lr * scale
+            part.step()
+            part.zero_grad()
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def fit(
+    title: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss_of: Callable[[int], Tensor],
+    *,
+    folder: Path,
+    minutes: float,
+    max_steps: int | None = None,
+    ema_decay: float = 0.999,
+    save_every: float = 120.0,
+) -> None:
+    """Train until ``minutes`` of training are used (earlier runs counted in) or ``max_steps``; ends with average weights.
+
+    The rate warms up over 100 steps and falls to zero as a cosine of the time used. The state in
+    ``folder/state.pt`` is written every ``save_every`` seconds, so a stopped run goes on from there.
+    """
+    average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    path, step, used = folder / "state.pt", 0, 0.0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step, used = state["average"], state["step"], state["used"]
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        with atomic_path(path) as temporary:
+            torch.save(state | {"step": step, "used": used}, temporary)
+
+    smooth, saved, log = None, time.monotonic(), (folder / "log.jsonl").open("a")
+    total = round(minutes * 60)
+    with log, tqdm(total=total, initial=min(round(used), total), desc=title, unit="s", disable=not sys.stderr.isatty()) as bar:
+        while used < minutes * 60 and (max_steps is None or step < max_steps):
+            start = time.monotonic()
+            progress = max(used / (minutes * 60), step / max_steps if max_steps else 0)
+            loss = loss_of(step)
+            loss.backward()
+            cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+            optimizer.step(min((step + 1) / 100, 1.0) * (0.02 + 0.98 * cosine))
+            with torch.no_grad():
+                decay = min(ema_decay, (step + 1) / (step + 10))
+                for name, p in model.named_parameters():
+                    if name in average:
+                        average[name].lerp_(p, 1 - decay)
+            step += 1
+            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+            used += time.monotonic() - start
+            bar.n = min(round(used), total)
+            bar.set_postfix(step=step, loss=f"{smooth:.4f}")
+            if step % 50 == 0:
+                log.write(json.dumps({"step": step, "seconds": round(used, 1), "loss": round(smooth, 5)}) + "\n")
+                log.flush()
+            if time.monotonic() - saved > save_every:
+                save()
+                saved = time.monotonic()
+        save()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in average:
+                p.copy_(average[name])
