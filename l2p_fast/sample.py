@@ -8,6 +8,7 @@ and its file holds what repeats it (``--from-image``). Left out: serving, and ba
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import hashlib
 import importlib.util
@@ -19,6 +20,7 @@ import re
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -493,18 +495,18 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype | None, str
     return None, ""
 
 
-def set_attention(pipe: L2PPipeline, name: str) -> str:
-    """Choose the attention backend; returns the effective one."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+@contextlib.contextmanager
+def attention(name: str) -> Iterator[str]:
+    """Run with an attention backend; yields the effective one, as words. It is process-wide, so it is put back."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
 
-    if name != "auto":
+    active = _AttentionBackendRegistry.get_active_backend()[0].value if name == "auto" else name
+    with contextlib.ExitStack() as stack:
         try:
-            pipe.transformer.set_attention_backend(name)
+            stack.enter_context(attention_backend(active))
         except (RuntimeError, ValueError, ImportError) as error:
-            raise UserError(f"--attention {name}: {error}") from error
-        return name
-    active = _AttentionBackendRegistry.get_active_backend()[0].value
-    return f"{active} (torch's scaled_dot_product_attention)" if active == "native" else active
+            raise UserError(f"--attention {active}: {error}") from error
+        yield f"{active} (torch's scaled_dot_product_attention)" if active == "native" else active
 
 
 def load(args: argparse.Namespace, model: ModelFacts) -> L2PPipeline:
@@ -530,7 +532,6 @@ def load(args: argparse.Namespace, model: ModelFacts) -> L2PPipeline:
     if args.head_memory_mb is not None:
         pipe.transformer.local_decoder.memory_mb = args.head_memory_mb
     args.device, args.dtype = str(device), str(pipe.transformer.dtype).removeprefix("torch.")
-    attention = set_attention(pipe, args.attention)
     if args.compile:
         pipe.transformer.compile_repeated_blocks()
     if args.offload == "model":
@@ -544,8 +545,7 @@ def load(args: argparse.Namespace, model: ModelFacts) -> L2PPipeline:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"model      {model.name} (patch {pipe.patch_size}, {size} parameters)")
     print(f"device     {device} ({where}), {args.dtype}{why}")
-    print(f"attention  {attention}")
-    print(f"extension  {extension_status()}", flush=True)
+    print(f"extension  {extension_status()}")
     return pipe
 
 
@@ -698,16 +698,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     pipe = load(args, model)
-    try:
-        args.steps = pipe.default_steps if args.steps is None else args.steps
-        args.guidance = pipe.default_guidance_scale if args.guidance is None else args.guidance
-        args.shift = pipe.scheduler.config.shift if args.shift is None else args.shift
+    args.steps = pipe.default_steps if args.steps is None else args.steps
+    args.guidance = pipe.default_guidance_scale if args.guidance is None else args.guidance
+    args.shift = pipe.scheduler.config.shift if args.shift is None else args.shift
+    with attention(args.attention) as effective:
+        print(f"attention  {effective}", flush=True)
         for job in jobs:
             draw(pipe, args, model, job)
-        print(f"peak memory {peak_memory(args.device)}")
-    finally:
-        if args.attention != "auto":
-            pipe.transformer.reset_attention_backend()  # diffusers keeps the choice for the whole process
+    print(f"peak memory {peak_memory(args.device)}")
     return 0
 
 
