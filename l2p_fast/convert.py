@@ -1,0 +1,219 @@
+"""``python -m l2p_fast.convert init | merge | export``: make checkpoints out of checkpoints.
+
+Everything is checked by names and shapes before the first byte is written, then streamed tensor by tensor: memory stays
+small whatever the model's size. Left out: quantizing, and merging LoRAs (`l2p_fast.checkpoint.load_lora` does that).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from .checkpoint import LAYOUTS, Checkpoint, Piece, few, misshapen, model_shapes, write_pieces
+from .errors import UserError, run_cli
+
+PATCH_OF = {"1k": 16, "4k": 64, "8k": 128, "10k": 160}
+DTYPE_OF = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_NEW = ("all_x_embedder.", "local_decoder.")  # what an initialization may draw anew
+
+_EPILOG = """examples:
+  python -m l2p_fast.convert init Z-Image-Turbo/ --res 1k --out init-1k.safetensors
+  python -m l2p_fast.convert init l2p-4k.safetensors --res 8k --out init-8k.safetensors
+  python -m l2p_fast.convert merge trained.safetensors --base init-1k.safetensors --out model.safetensors
+  python -m l2p_fast.convert export model.safetensors --layout comfyui --out model-comfy.safetensors
+"""
+
+
+def _line(word: str, keys: list[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    parameters = sum(math.prod(shapes[key]) for key in keys)
+    return f"  {word:<9}{len(keys):>5} tensors {parameters:>15,} parameters" + (f"  {few(keys)}" if keys else "")
+
+
+def _parameters(shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str]) -> int:
+    return sum(math.prod(shapes[key]) for key in keys)
+
+
+def _prepare_out(out: str, overwrite: bool, *sources: Checkpoint) -> Path:
+    path = Path(out)
+    if path.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors, got {out}; try {path.with_suffix('.safetensors')}")
+    if path.is_dir():
+        raise UserError(f"--out {out} is a folder; give a file name in it")
+    read = {where.file.resolve() for source in sources for where in source.tensors.values()}
+    if path.resolve() in read:
+        raise UserError(f"--out {out} is one of the files read; give another name")
+    if path.exists() and not overwrite:
+        raise UserError(f"--out {out} exists; give another name, or --overwrite")
+    return path
+
+
+def _write(args: argparse.Namespace, path: Path, pieces: Mapping[str, Piece], config: Mapping) -> None:
+    layout, prefix = getattr(args, "layout", "published"), getattr(args, "prefix", "")
+    size = write_pieces(pieces, path, layout, prefix, config)
+    dtypes = sorted({str(piece.dtype).removeprefix("torch.") for piece in pieces.values()})
+    print(f"wrote {path} ({size / 1e9:.2f} GB, {' and '.join(dtypes)}, {layout} layout)")
+
+
+def init(args: argparse.Namespace) -> None:
+    """Pixel initialization: copy what matches by name and shape, draw the patch embedding and the head."""
+    source = Checkpoint(args.source)
+    source.demand("latent", "l2p")
+    found = source.model_config()
+    patch = args.patch_size or PATCH_OF[args.res]
+    width = found.get("head_width", 1.0) if args.head_width is None else args.head_width
+    config = found | {"all_patch_size": (patch,), "all_f_patch_size": (1,), "in_channels": 3, "head_width": width}
+    wanted, shapes = model_shapes(config), source.shapes
+    copied = [key for key in wanted if shapes.get(key) == wanted[key]]
+    new = [key for key in wanted if key not in set(copied)]
+    skipped = [key for key in shapes if shapes[key] != wanted.get(key)]
+    lost = [key for key in new if not key.startswith(_NEW)]
+    if lost:
+        raise UserError(f"{source.path} lacks {len(lost)} tensors of the body ({few(lost)}); the file is incomplete")
+    dtype = DTYPE_OF[args.dtype]
+    pieces = {key: Piece.of_checkpoint(source, key, dtype) for key in copied}
+    for key in new:
+        weight = key.removesuffix("bias") + "weight" if key.endswith(".bias") else key
+        fan_in = math.prod(wanted[weight][1:])
+        pieces[key] = Piece.of_init(key, wanted[key], fan_in, args.seed, dtype or source.default_dtype)
+    path = _prepare_out(args.out, args.overwrite, source)
+    _write(args, path, pieces, source.config)
+    print(f"init: patch {patch} pixel model from {source.path}, seed {args.seed}")
+    for word, keys, sizes in (("copied", copied, wanted), ("new", new, wanted), ("skipped", skipped, shapes)):
+        print(_line(word, keys, sizes))
+    print(f"  total {_parameters(wanted, wanted):,} parameters")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """A trained delta over its base: equal keys are overwritten."""
+    delta, base = Checkpoint(args.delta), Checkpoint(args.base)
+    if delta.kind() == "lora":
+        raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.checkpoint.load_lora(model, FILE)")
+    base.demand("l2p")
+    wanted = model_shapes(base.model_config())
+    base.compare(wanted)
+    shapes = delta.shapes
+    unknown = [delta.tensors[key].name for key in shapes if key not in wanted]
+    wrong = misshapen(shapes, wanted)
+    if unknown:
+        raise UserError(
+            f"{delta.path}: {len(unknown)} tensors are not in the base ({few(unknown)}); "
+            "give the base it was trained from (same patch size)"
+        )
+    if wrong:
+        raise UserError(
+            f"{delta.path}: {len(wrong)} tensors are misshapen ({few(wrong)}); give the base it was trained from"
+        )
+    dtype = DTYPE_OF[args.dtype]
+    pieces = {key: Piece.of_checkpoint(delta if key in shapes else base, key, dtype) for key in wanted}
+    path = _prepare_out(args.out, args.overwrite, delta, base)
+    _write(args, path, pieces, base.config | delta.config)
+    print(f"merge: {delta.path} over {base.path}")
+    print(_line("new", list(shapes), wanted))
+    print(_line("copied", [key for key in wanted if key not in shapes], wanted))
+    print(f"  skipped  {len(shapes):>5} tensors of the base, overwritten")
+    print(f"  total {_parameters(wanted, wanted):,} parameters")
+
+
+def export(args: argparse.Namespace) -> None:
+    """The same weights in another layout; quantized ones are dequantized."""
+    source = Checkpoint(args.source)
+    source.demand("l2p")
+    wanted = model_shapes(source.model_config())
+    source.compare(wanted)
+    if args.prefix and args.layout != "comfyui":
+        raise UserError("--prefix goes with --layout comfyui; the published layout has none")
+    if not re.fullmatch(r"([A-Za-z0-9_]+\.)*", args.prefix):
+        raise UserError(f"--prefix must be names that each end in a dot (model.diffusion_model.), got {args.prefix}")
+    dtype = DTYPE_OF[args.dtype]
+    pieces = {key: Piece.of_checkpoint(source, key, dtype) for key in wanted}
+    path = _prepare_out(args.out, args.overwrite, source)
+    _write(args, path, pieces, source.config)
+    quantized = sum(where.quantized for where in source.tensors.values())
+    print(f"export: {source.path}")
+    print(_line("copied", list(wanted), wanted))
+    print(f"  new          0 tensors\n  skipped      0 tensors\n  dequantized {quantized} of them")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m l2p_fast.convert",
+        description="Make checkpoints out of checkpoints: .safetensors files, folders of shards, diffusers folders.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write, atomically")
+    common.add_argument(
+        "--dtype",
+        choices=DTYPE_OF,
+        default="keep",
+        help="cast every tensor to this; keep: each tensor's own, bfloat16 for quantized ones (default)",
+    )
+    common.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+
+    sub = commands.add_parser(
+        "init",
+        parents=[common],
+        help="a latent Z-Image (or an L2P of another size) -> the start of a pixel model",
+        description="Copy every tensor whose name and shape match, and draw the patch embedding and the head anew: "
+        "uniform in +-1/sqrt(fan_in), PyTorch's default, each tensor from a generator seeded by its name and --seed. "
+        "From an L2P checkpoint the parts of its head that fit are kept too. The result is meant to be trained.",
+    )
+    sub.add_argument("source", help="a Z-Image folder or file, or an L2P checkpoint")
+    size = sub.add_mutually_exclusive_group(required=True)
+    size.add_argument("--res", choices=PATCH_OF, help="what the model is for; patch 16, 64, 128 or 160")
+    size.add_argument("--patch-size", type=int, choices=sorted(PATCH_OF.values()), help="the same, named by the patch")
+    sub.add_argument("--seed", type=int, default=0, help="of the new tensors (default: 0)")
+    sub.add_argument(
+        "--head-width",
+        type=float,
+        metavar="X",
+        help="multiplier of the head's channels (default: the source's, else 1)",
+    )
+    sub.set_defaults(run=init)
+
+    sub = commands.add_parser(
+        "merge",
+        parents=[common],
+        help="a training output (only the trained tensors) + its base -> a whole checkpoint",
+        description="Overwrite the base's tensors with the trained ones of the same name. A trained tensor that the "
+        "base doesn't have, or has in another shape, is an error.",
+    )
+    sub.add_argument("delta", help="the trained tensors: a .safetensors file or folder")
+    sub.add_argument("--base", required=True, help="the checkpoint that training started from")
+    sub.set_defaults(run=merge)
+
+    sub = commands.add_parser(
+        "export",
+        parents=[common],
+        help="any L2P checkpoint -> the published layout or ComfyUI's",
+        description="Write the same weights in another layout, bit for bit (quantized ones dequantized).",
+    )
+    sub.add_argument("source", help="an L2P checkpoint: file or folder, any layout")
+    sub.add_argument("--layout", choices=LAYOUTS, default="published", help="comfyui: fused qkv, short names")
+    sub.add_argument(
+        "--prefix",
+        default="",
+        help="before every name of the comfyui layout, such as model.diffusion_model. (default: none)",
+    )
+    sub.set_defaults(run=export)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns 0; `UserError` for what the user can mend."""
+    args = _parser().parse_args(argv)
+    if getattr(args, "head_width", None) is not None and not 0 < args.head_width < 16:
+        raise UserError(f"--head-width must lie between 0 and 16, got {args.head_width}; the published head is 1.0")
+    args.run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,361 @@
+"""Bad files through the command line: one clear line, what and what to do, exit code 2, nothing written."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_checkpoint import comfy, state_of, tiny
+from test_convert import latent
+
+from l2p_fast.convert import main
+from l2p_fast.errors import run_cli
+
+KEY = "layers.1.feed_forward.w1.weight"
+
+
+def save(folder, state, name="m.safetensors"):
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / name)
+    return folder / name
+
+
+def good():
+    return state_of(tiny())
+
+
+def raw(content):
+    def make(folder):
+        (folder / "m.safetensors").write_bytes(content)
+        return folder / "m.safetensors"
+
+    return make
+
+
+def with_header(header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return raw(len(text).to_bytes(8, "little") + text + data)
+
+
+def changed(*drop, **add):
+    """A good checkpoint without the keys ``drop`` and with ``add`` (dots written as __)."""
+
+    def make(folder):
+        state = {key: value for key, value in good().items() if key not in drop}
+        return save(folder, state | {key.replace("__", "."): value for key, value in add.items()})
+
+    return make
+
+
+def truncated(folder):
+    path = save(folder, good())
+    path.write_bytes(path.read_bytes()[:-1000])
+    return path
+
+
+def truncated_header(folder):
+    path = save(folder, good())
+    path.write_bytes(path.read_bytes()[:500])
+    return path
+
+
+def trailing(folder):
+    path = save(folder, good())
+    path.write_bytes(path.read_bytes() + b"more")
+    return path
+
+
+def pickle(folder):
+    torch.save(good(), folder / "m.pt")
+    return folder / "m.pt"
+
+
+def old_pickle(folder):
+    torch.save({"a": torch.zeros(3)}, folder / "m.safetensors", _use_new_zipfile_serialization=False)
+    return folder / "m.safetensors"
+
+
+def pickle_folder(folder):
+    torch.save(good(), folder / "pytorch_model.bin")
+    return folder
+
+
+def with_value(value):
+    def make(folder):
+        state = good()
+        state[KEY][5, 7] = value
+        return save(folder, state)
+
+    return make
+
+
+def latent_file(folder):
+    return save(folder, state_of(latent()))
+
+
+def latent_comfyui(folder):
+    state = comfy(state_of(latent()))
+    return save(folder, {key.replace("all_final_layer.2-1", "final_layer"): value for key, value in state.items()})
+
+
+def delta(folder):
+    return save(folder, {key: value for key, value in good().items() if not key.startswith("layers.1.")})
+
+
+def head_only(folder):
+    return save(folder, {key: value for key, value in good().items() if key.startswith("local_decoder.")})
+
+
+def lora(folder):
+    return save(folder, {f"layers.0.attention.to_q.lora_{x}.weight": torch.zeros(4, 64) for x in "AB"})
+
+
+def other_model(folder):
+    return save(folder, {"model.embed_tokens.weight": torch.zeros(4, 4), "lm_head.weight": torch.zeros(4, 4)})
+
+
+def empty_folder(folder):
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def two_checkpoints(folder):
+    save(folder, good(), "a.safetensors")
+    save(folder, good(), "b.safetensors")
+    return folder
+
+
+def sharded(folder):
+    tiny().save_pretrained(folder, max_shard_size="300KB")
+    return sorted(folder.glob("*.safetensors")), next(folder.glob("*.index.json"))
+
+
+def missing_shard(folder):
+    sharded(folder)[0][1].unlink()
+    return folder
+
+
+def missing_shard_without_index(folder):
+    shards, index = sharded(folder)
+    index.unlink()
+    shards[1].unlink()
+    return folder
+
+
+def lone_shard(folder):
+    return sharded(folder)[0][0]
+
+
+def index_names_absent_key(folder):
+    shards, index = sharded(folder)
+    names = json.loads(index.read_text())
+    names["weight_map"]["layers.9.extra.weight"] = shards[0].name
+    index.write_text(json.dumps(names))
+    return folder
+
+
+def index_no_json(folder):
+    sharded(folder)[1].write_text("{not json")
+    return folder
+
+
+def duplicate_over_shards(folder):
+    state = good()
+    save(folder, state, "m-00001-of-00002.safetensors")
+    save(folder, {KEY: state[KEY]}, "m-00002-of-00002.safetensors")
+    return folder
+
+
+def duplicate_layouts(folder):
+    state = good()
+    return save(folder, state | {"layers.0.attention.q_norm.weight": state["layers.0.attention.norm_q.weight"].clone()})
+
+
+def quantized(note=None, scale=None, dtype=torch.int8, **extra):
+    def make(folder):
+        state, base = good(), KEY.removesuffix("weight")
+        if dtype is not None:
+            state[KEY] = torch.ones(state[KEY].shape).to(dtype)
+        else:
+            del state[KEY]
+        if scale is not None:
+            state[base + "weight_scale"] = scale
+        if note is not None:
+            state[base + "comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
+        return save(folder, state)
+
+    return make
+
+
+def unreadable(folder):
+    path = save(folder, good())
+    path.chmod(0)
+    return path
+
+
+def fifo(folder):
+    os.mkfifo(folder / "m.safetensors")
+    return folder / "m.safetensors"
+
+
+ONE = torch.ones(())
+# name -> (what makes the bad file, what the line must say)
+CASES = {
+    "absent": (lambda folder: folder / "none.safetensors", "does not exist"),
+    "empty": (raw(b""), "is empty"),
+    "a few bytes": (raw(b"abc"), "not a safetensors file"),
+    "wrong magic": (raw(b"\x89PNG\r\n\x1a\n" * 40), "not a safetensors file"),
+    "web page": (raw(b"<!DOCTYPE html><html></html>"), "a web page"),
+    "lfs pointer": (raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0"), "git lfs pull"),
+    "gguf": (raw(b"GGUF" + bytes(100)), "GGUF"),
+    "pickle": (pickle, "a pickle"),
+    "old pickle named safetensors": (old_pickle, "a pickle"),
+    "pickles in a folder": (pickle_folder, "only pickles"),
+    "truncated": (truncated, "is truncated"),
+    "truncated header": (truncated_header, "ends inside its header"),
+    "trailing bytes": (trailing, "longer than its header"),
+    "header no json": (with_header(b'{"a": nonsense}'), "damaged header"),
+    "header without offsets": (with_header({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "damaged header"),
+    "header with odd offsets": (
+        with_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)), "damaged header",
+    ),
+    "header twice": (
+        with_header(b'{"a":%b,"a":%b}' % ((b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',) * 2), bytes(8)), "twice",
+    ),
+    "header without tensors": (with_header(b"{}"), "no tensors"),
+    "unknown dtype": (with_header({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, bytes(1)), "F4"),
+    "folder without weights": (empty_folder, "no .safetensors file"),
+    "folder with two": (two_checkpoints, "several checkpoints"),
+    "missing shard": (missing_shard, "-00002-of-"),
+    "missing shard, no index": (missing_shard_without_index, "lacks shard 2 of"),
+    "lone shard": (lone_shard, "is shard 1 of"),
+    "index names an absent key": (index_names_absent_key, "layers.9.extra.weight"),
+    "index no json": (index_no_json, "not valid JSON"),
+    "duplicate over shards": (duplicate_over_shards, "in both"),
+    "duplicate over layouts": (duplicate_layouts, "norm_q.weight twice"),
+    "missing key": (changed(KEY), f"1 missing ({KEY})"),
+    "missing sizes": (changed("cap_embedder.0.weight"), "cap_embedder.0.weight"),
+    "missing head level": (changed("local_decoder.dec2.0.weight", "local_decoder.dec2.0.bias"), "2 missing"),
+    "extra key": (changed(layers__1__surprise=torch.zeros(2)), "1 unexpected (layers.1.surprise)"),
+    "misshapen key": (changed(t_embedder__mlp__0__bias=torch.zeros(5)), "t_embedder.mlp.0.bias [5] instead of [1024]"),
+    "nan": (with_value(torch.nan), "NaN or infinite"),
+    "inf": (with_value(-torch.inf), "NaN or infinite"),
+    "latent": (latent_file, "convert init"),
+    "latent in comfyui names": (latent_comfyui, "convert init"),
+    "training delta": (delta, "convert merge"),
+    "head only": (head_only, "convert merge"),
+    "lora": (lora, "load_lora"),
+    "another model": (other_model, "lm_head.weight"),
+    "int8 without scale": (quantized(), "without its weight_scale"),
+    "scale without weight": (quantized(scale=ONE, dtype=None), "without its weight"),
+    "scale on bf16": (quantized(scale=ONE, dtype=torch.bfloat16), "has a scale"),
+    "scale of a wrong shape": (quantized(scale=torch.ones(7)), "[7]"),
+    "nan scale": (quantized(scale=ONE * torch.nan), "NaN or infinite"),
+    "unknown quantization": (quantized('{"format": "nvfp4"}', ONE), "'nvfp4'"),
+    "quantization with an unknown option": (quantized('{"format": "int8_tensorwise", "blocks": 64}', ONE), "blocks"),
+    "quantization that is another": (quantized('{"format": "float8_e4m3fn"}', ONE), "note says float8_e4m3fn"),
+    "quantization note no json": (quantized("int8", ONE), "not JSON"),
+    "unreadable": (unreadable, "can't read"),
+    "a fifo": (fifo, "neither a file nor a folder"),
+}  # fmt: skip
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def check(code, err, out, folder, before, words):
+    assert code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    assert words in err, err
+    assert len(err) < 500
+    assert out == ""
+    assert listing(folder) == before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_source(tmp_path, case, capsys):
+    make, words = CASES[case]
+    (tmp_path / "in").mkdir()
+    source = make(tmp_path / "in")
+    if case == "unreadable" and os.access(source, os.R_OK):
+        pytest.skip("this user reads every file")
+    before = listing(tmp_path)
+    argv = ["export", str(source), "--layout", "comfyui", "--out", str(tmp_path / "out.safetensors")]
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: main(argv))
+    shown = capsys.readouterr()
+    check(stop.value.code, shown.err, shown.out, tmp_path, before, words)
+
+
+@pytest.mark.parametrize("case", ["pickle", "nan", "latent"])
+def test_bad_source_in_a_process(tmp_path, case):
+    make, words = CASES[case]
+    (tmp_path / "in").mkdir()
+    source = make(tmp_path / "in")
+    before = listing(tmp_path)
+    argv = [sys.executable, "-m", "l2p_fast.convert", "export", str(source), "--out", str(tmp_path / "out.safetensors")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr
+    check(done.returncode, lines[0] + "\n", done.stdout, tmp_path, before, words)
+
+
+def bad_delta(state):
+    return lambda folder: ["merge", save(folder, state, "d.safetensors"), "--base", save(folder, good())]
+
+
+COMMANDS = {
+    "merge: unknown key": (bad_delta({"layers.9.x.weight": torch.zeros(2)}), "1 tensors are not in the base"),
+    "merge: other shape": (bad_delta({KEY: torch.zeros(2, 2)}), "[2, 2] instead of"),
+    "merge: other patch": (
+        bad_delta({"all_x_embedder.64-1.bias": torch.zeros(64)}), "same patch size",
+    ),
+    "merge: a lora": (lambda folder: ["merge", lora(folder), "--base", save(folder, good(), "b.safetensors")], "LoRA"),
+    "merge: base is latent": (
+        lambda folder: ["merge", save(folder, {KEY: torch.zeros(2)}, "d.safetensors"), "--base", latent_file(folder)],
+        "convert init",
+    ),
+    "merge: base is a delta": (
+        lambda folder: ["merge", save(folder, {KEY: torch.zeros(2)}, "d.safetensors"), "--base", delta(folder)],
+        "convert merge",
+    ),
+    "init: a delta": (lambda folder: ["init", delta(folder), "--res", "4k"], "convert merge"),
+    "init: body incomplete": (lambda folder: ["init", changed(KEY)(folder), "--res", "4k"], "lacks 1 tensors"),
+    "init: head width": (lambda folder: ["init", changed()(folder), "--res", "1k", "--head-width", "0"], "--head-width"),
+    "export: prefix": (
+        lambda folder: ["export", changed()(folder), "--layout", "comfyui", "--prefix", "model"], "end in a dot",
+    ),
+    "export: prefix of published": (lambda folder: ["export", changed()(folder), "--prefix", "m."], "--layout comfyui"),
+    "export: float16 overflow": (
+        lambda folder: ["export", with_value(1e30)(folder), "--dtype", "float16"], "beyond float16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_bad_command(tmp_path, case, capsys):
+    make, words = COMMANDS[case]
+    (tmp_path / "in").mkdir()
+    argv = [str(part) for part in make(tmp_path / "in")] + ["--out", str(tmp_path / "out.safetensors")]
+    before = listing(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: main(argv))
+    shown = capsys.readouterr()
+    check(stop.value.code, shown.err, shown.out, tmp_path, before, words)
+
+
+@pytest.mark.parametrize(
+    "out, words", [("out.pt", ".safetensors"), ("d.safetensors", "is a folder"), ("f/o.safetensors", "can't write")]
+)
+def test_bad_output(tmp_path, out, words, capsys):
+    source = save(tmp_path, good())
+    (tmp_path / "d.safetensors").mkdir()
+    (tmp_path / "f").write_text("a file, no folder")
+    before = listing(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: main(["export", str(source), "--out", str(tmp_path / out)]))
+    shown = capsys.readouterr()
+    check(stop.value.code, shown.err, shown.out, tmp_path, before, words)

@@ -1,0 +1,340 @@
+"""Reading every layout of an L2P checkpoint: names, dtypes, quantization, shards, folders, LoRAs, memory."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from l2p_fast import checkpoint as ckpt
+from l2p_fast.errors import UserError
+from l2p_fast.model import L2PTransformer2DModel
+
+TINY = {
+    "dim": 64, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 48,
+    "axes_dims": (8, 12, 12), "head_width": 0.125,
+}  # fmt: skip
+GOLDENS = Path(os.environ.get("L2P_GOLDENS", Path(__file__).parents[1].parent / "shared" / "goldens"))
+
+
+def tiny(patch=16, seed=0, **config):
+    torch.manual_seed(seed)
+    return L2PTransformer2DModel(all_patch_size=(patch,), **TINY | config).eval()
+
+
+def state_of(model, dtype=torch.bfloat16):
+    return {key: value.detach().to(dtype).contiguous() for key, value in model.state_dict().items()}
+
+
+def comfy(state, prefix=""):
+    """ComfyUI's layout, written out by hand: the independent other side of the table."""
+    out = {}
+    for key, value in state.items():
+        name = key.replace("norm_q", "q_norm").replace("norm_k", "k_norm").replace("to_out.0", "out")
+        if "all_x_embedder" in name:
+            name = "x_embedder." + name.rpartition(".")[2]
+        if ".to_k." in name or ".to_v." in name:
+            continue
+        if ".to_q." in name:
+            parts = [state[key.replace("to_q", f"to_{x}")] for x in "qkv"]
+            name, value = name.replace("to_q", "qkv"), torch.cat(parts)
+        out[prefix + name] = value
+    return out
+
+
+def assert_holds(model, state):
+    ours = model.state_dict()
+    assert ours.keys() == state.keys()
+    for key, value in state.items():
+        assert torch.equal(ours[key], value.to(ours[key].dtype)), key
+
+
+@pytest.mark.parametrize("patch", [16, 64, 128, 160])
+@pytest.mark.parametrize("width", [1.0, 0.125, 0.3])
+def test_configuration_from_shapes_alone(patch, width):
+    with torch.device("meta"):
+        model = L2PTransformer2DModel(all_patch_size=(patch,), **TINY | {"head_width": width})
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = ckpt.infer_config(shapes)
+    assert {k: model.config[k] for k in found if k != "head_width"} == {
+        k: v for k, v in found.items() if k != "head_width"
+    }
+    assert ckpt.model_shapes(found) == shapes
+
+
+@pytest.mark.parametrize("size", ["1k", "4k", "8k", "10k"])
+def test_published_manifest(size):
+    manifest = GOLDENS.parent / "manifests" / f"l2p_{size}.json"
+    if not manifest.is_file():
+        pytest.skip(f"no manifest at {manifest}: set L2P_GOLDENS")
+    shapes = {key: tuple(shape) for key, shape in json.loads(manifest.read_text()).items()}
+    found = ckpt.infer_config(shapes)
+    assert (found["dim"], found["n_layers"], found["n_heads"], found["cap_feat_dim"]) == (3840, 30, 30, 2560)
+    assert found["axes_dims"] == (32, 48, 48) and found["head_width"] == 1.0
+    assert ckpt.model_shapes(found) == shapes
+
+
+@pytest.mark.parametrize("patch", [16, 64, 160])
+def test_golden_files_load_from_shapes_alone(patch):
+    folder = GOLDENS / f"patch{patch}"
+    if not folder.is_dir():
+        pytest.skip(f"no goldens at {GOLDENS}: set L2P_GOLDENS")
+    model = L2PTransformer2DModel.from_single_file(folder / "model.safetensors", torch_dtype=torch.float32)
+    for key, value in json.loads((folder / "config.json").read_text()).items():
+        assert key == "axes_lens" or list(torch.tensor(model.config[key]).flatten()) == list(
+            torch.tensor(value).flatten()
+        )
+    assert_holds(model, load_file(folder / "model.safetensors"))
+
+
+def test_published_1k_file_mixes_f32_and_bf16(tmp_path):
+    state = state_of(tiny())
+    mixed = {key: value.float() if key.startswith("layers.1.") else value for key, value in state.items()}
+    save_file(mixed, tmp_path / "m.safetensors")
+    model = ckpt.load_model(tmp_path / "m.safetensors")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not model.training
+    assert_holds(model, state)
+    assert {p.dtype for p in ckpt.load_model(tmp_path / "m.safetensors", torch.float32).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtype_follows_the_file(tmp_path, dtype):
+    save_file(state_of(tiny(), dtype), tmp_path / "m.safetensors")
+    assert ckpt.load_model(tmp_path / "m.safetensors").dtype == dtype
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
+@pytest.mark.parametrize("patch", [16, 64])
+def test_comfyui_layout(tmp_path, prefix, patch):
+    state = state_of(tiny(patch))
+    other = {"vae.decoder.weight": torch.zeros(3)} if prefix.startswith("model.") else {}
+    save_file(comfy(state, prefix) | other, tmp_path / "m.safetensors")
+    assert_holds(ckpt.load_model(tmp_path / "m.safetensors"), state)
+
+
+@pytest.mark.parametrize("form", ["int8_tensorwise", "float8_e4m3fn"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_quantized_file_is_dequantized(tmp_path, form, per_row):
+    state = state_of(tiny())
+    file, wanted = comfy(state, "model.diffusion_model."), {}
+    for name in list(file):
+        if not name.endswith(("qkv.weight", "w1.weight", "w2.weight")):
+            continue
+        weight = file[name].float()
+        top = weight.abs().amax(dim=1, keepdim=True) if per_row else weight.abs().max()
+        scale = top / (127 if form[0] == "i" else 448)
+        stored = (weight / scale).round().to(torch.int8) if form[0] == "i" else (weight / scale).to(torch.float8_e4m3fn)
+        file[name], wanted[name] = stored, stored.float() * scale
+        file[name + "_scale"] = scale
+        note = json.dumps({"format": form, "full_precision_matrix_mult": True}).encode()
+        file[name.replace(".weight", ".comfy_quant")] = torch.tensor(list(note), dtype=torch.uint8)
+    save_file(file, tmp_path / "m.safetensors")
+    dequantized = comfy(state, "model.diffusion_model.") | wanted
+    assert ckpt.load_model(tmp_path / "m.safetensors").dtype == torch.bfloat16
+    got = comfy(ckpt.load_model(tmp_path / "m.safetensors", torch.float32).state_dict(), "model.diffusion_model.")
+    for name, value in dequantized.items():
+        torch.testing.assert_close(got[name], value.float(), rtol=1e-6, atol=0)
+
+
+def test_float8_without_a_scale_and_one_row(tmp_path):
+    state = state_of(tiny())
+    key = "layers.0.feed_forward.w1.weight"
+    state[key] = state[key].to(torch.float8_e4m3fn)
+    save_file(state, tmp_path / "m.safetensors")
+    assert torch.equal(ckpt.Checkpoint(tmp_path / "m.safetensors").tensor(key, torch.float32), state[key].float())
+
+
+def test_rotated_int8_is_rotated_back(tmp_path):
+    state = state_of(tiny(), torch.float32)
+    key, size = "layers.0.attention.to_q.weight", 16
+    seed = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1.0]]) / 2
+    rotated = (state[key].unflatten(1, (-1, size)) @ torch.kron(seed, seed).T).flatten(1)
+    scale = rotated.abs().amax(1, keepdim=True) / 127
+    note = json.dumps({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}).encode()
+    base = key.removesuffix("weight")
+    file = state | {
+        key: (rotated / scale).round().to(torch.int8),
+        base + "weight_scale": scale,
+        base + "comfy_quant": torch.tensor(list(note), dtype=torch.uint8),
+    }
+    save_file(file, tmp_path / "m.safetensors")
+    got = ckpt.Checkpoint(tmp_path / "m.safetensors").tensor(key, torch.float32)
+    assert (got - state[key]).norm() / state[key].norm() < 0.01
+
+
+def test_pieces_smaller_than_a_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr(ckpt, "CHUNK", 1000)
+    state = state_of(tiny())
+    file = comfy(state)
+    name = "layers.2.attention.qkv.weight"
+    scale = torch.rand(192, 1) + 0.5
+    file[name] = torch.randint(-128, 127, (192, 64), dtype=torch.int8)
+    file[name + "_scale"] = scale
+    save_file(file, tmp_path / "m.safetensors")
+    model = ckpt.load_model(tmp_path / "m.safetensors", torch.float32)
+    whole = file[name].float() * scale
+    for i, x in enumerate("qkv"):
+        assert torch.equal(model.state_dict()[f"layers.2.attention.to_{x}.weight"], whole[64 * i : 64 * (i + 1)])
+
+
+def test_shards_index_and_folders(tmp_path):
+    model = tiny(rope_grid=8)
+    state = state_of(model, torch.float32)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    folder = ckpt.load_model(tmp_path / "sharded")
+    assert_holds(folder, state)
+    assert folder.config.rope_grid == 8  # no shape tells it: config.json does
+    assert_holds(ckpt.load_model(next((tmp_path / "sharded").glob("*.index.json"))), state)
+    pipeline = tmp_path / "pipeline"
+    model.save_pretrained(pipeline / "transformer")
+    (pipeline / "model_index.json").write_text("{}")
+    assert_holds(ckpt.load_model(pipeline), state)
+    single = tmp_path / "single"
+    single.mkdir()
+    save_file(state, single / "whatever.safetensors")
+    assert_holds(ckpt.load_model(single), state)
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    keys = sorted(state)
+    save_file({k: state[k] for k in keys[::2]}, loose / "m-00001-of-00002.safetensors")
+    save_file({k: state[k] for k in keys[1::2]}, loose / "m-00002-of-00002.safetensors")
+    assert_holds(ckpt.load_model(loose), state)
+
+
+def test_load_state_is_lazy_and_names_are_ours(tmp_path):
+    state = state_of(tiny())
+    save_file(comfy(state), tmp_path / "m.safetensors")
+    stream = ckpt.load_state(tmp_path / "m.safetensors")
+    assert iter(stream) is stream
+    assert all(torch.equal(value, state[key]) for key, value in stream)
+    assert {key for key, _ in ckpt.load_state(tmp_path / "m.safetensors")} == state.keys()
+
+
+@pytest.mark.parametrize("layout", ckpt.LAYOUTS)
+def test_save_single_file(tmp_path, layout):
+    model = tiny(rope_grid=16)
+    ckpt.save_single_file(model, tmp_path / "m.safetensors", layout=layout)
+    loaded = load_file(tmp_path / "m.safetensors")  # the library accepts it
+    wanted = comfy(state_of(model, torch.float32)) if layout == "comfyui" else state_of(model, torch.float32)
+    assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[k], wanted[k]) for k in wanted)
+    again = ckpt.load_model(tmp_path / "m.safetensors")
+    assert again.config.rope_grid == 16
+    assert_holds(again, model.state_dict())
+    ckpt.save_single_file(again.state_dict(), tmp_path / "s.safetensors", dtype=torch.bfloat16)
+    assert {v.dtype for v in load_file(tmp_path / "s.safetensors").values()} == {torch.bfloat16}
+
+
+def test_nan_is_never_saved(tmp_path):
+    model = tiny()
+    model.x_pad_token.data[0, 3] = torch.nan
+    with pytest.raises(UserError, match="x_pad_token holds NaN"):
+        ckpt.save_single_file(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# --- LoRA ---
+def lora_file(path, style):
+    """The same LoRA in several layouts. Returns {our module: delta}."""
+    torch.manual_seed(3)
+    rank, deltas, file = 4, {}, {}
+    block, alpha = "layers.1.attention", 2.0
+    a = torch.randn(rank, 64)
+    bs = [torch.randn(64, rank) for _ in "qkv"]
+    w1a, w1b = torch.randn(rank, 64), torch.randn(170, rank)
+    factor = 1.0 if style == "diffusers" else alpha / rank
+    for x, b in zip("qkv", bs, strict=True):
+        deltas[f"{block}.to_{x}"] = factor * b @ a
+    deltas["layers.1.feed_forward.w1"] = factor * w1b @ w1a
+    if style == "diffusers":
+        for x, b in zip("qkv", bs, strict=True):
+            file |= {
+                f"transformer.{block}.to_{x}.lora_A.weight": a.clone(),
+                f"transformer.{block}.to_{x}.lora_B.weight": b,
+            }
+        file |= {"transformer.layers.1.feed_forward.w1.lora_A.weight": w1a}
+        file |= {"transformer.layers.1.feed_forward.w1.lora_B.weight": w1b}
+    elif style == "comfyui":
+        for module, (x, y) in {"attention.qkv": (a, torch.cat(bs)), "feed_forward.w1": (w1a, w1b)}.items():
+            stem = f"diffusion_model.layers.1.{module}"
+            file |= {f"{stem}.lora_down.weight": x, f"{stem}.lora_up.weight": y, f"{stem}.alpha": torch.tensor(alpha)}
+    else:
+        for module, (x, y) in {"attention_qkv": (a, torch.cat(bs)), "feed_forward_w1": (w1a, w1b)}.items():
+            stem = f"lora_unet_layers_1_{module}"
+            file |= {f"{stem}.lora_down.weight": x, f"{stem}.lora_up.weight": y, f"{stem}.alpha": torch.tensor(alpha)}
+        file |= {"lora_unet_final_layer_linear.lora_down.weight": torch.zeros(4, 64)}
+        file |= {"lora_unet_final_layer_linear.lora_up.weight": torch.zeros(64, 4)}
+    save_file(file, path)
+    return deltas
+
+
+@pytest.mark.parametrize("style", ["diffusers", "comfyui", "kohya"])
+def test_lora_merges(tmp_path, style):
+    deltas = lora_file(tmp_path / "l.safetensors", style)
+    model = tiny()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert ckpt.load_lora(model, tmp_path / "l.safetensors", scale=0.5) == 4
+    for key, value in model.state_dict().items():
+        change = deltas.get(key.removesuffix(".weight"))
+        wanted = before[key] if change is None else before[key] + 0.5 * change
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_as_adapter_equals_merged(tmp_path):
+    lora_file(tmp_path / "l.safetensors", "comfyui")
+    merged, adapted = tiny(), tiny()
+    args = torch.randn(1, 3, 32, 32), torch.tensor([0.3]), [torch.randn(5, 48)]
+    with torch.no_grad():
+        plain = adapted(*args)
+        ckpt.load_lora(merged, tmp_path / "l.safetensors", 0.01)
+        ckpt.load_lora(adapted, tmp_path / "l.safetensors", 0.01, adapter="style")
+        torch.testing.assert_close(adapted(*args), merged(*args), rtol=1e-4, atol=1e-5)
+        adapted.disable_adapters()
+        assert torch.equal(adapted(*args), plain)
+
+
+def test_lora_of_another_model_is_refused(tmp_path):
+    save_file({"layers.77.attention.to_q.lora_A.weight": torch.zeros(4, 64)}, tmp_path / "half.safetensors")
+    with pytest.raises(UserError, match="lacks one half"):
+        ckpt.load_lora(tiny(), tmp_path / "half.safetensors")
+    pair = {f"layers.77.attention.to_q.lora_{x}.weight": torch.zeros(s) for x, s in (("A", (4, 64)), ("B", (64, 4)))}
+    save_file(pair, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="not in this model"):
+        ckpt.load_lora(tiny(), tmp_path / "other.safetensors")
+    save_file({"layers.0.attention.to_q.hada_w1_a": torch.zeros(4, 4)}, tmp_path / "loha.safetensors")
+    with pytest.raises(UserError, match="hada_w1_a"):
+        ckpt.load_lora(tiny(), tmp_path / "loha.safetensors")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_the_model_and_its_largest_tensor(tmp_path):
+    """An F32 file into bfloat16: twice the model's bytes pass through, never at once."""
+    config = TINY | {"dim": 640, "n_layers": 5, "n_heads": 5, "n_kv_heads": 5, "axes_dims": (32, 48, 48)}
+    with torch.device("meta"):
+        model = L2PTransformer2DModel(all_patch_size=(64,), **config)
+    state = {key: torch.full(value.shape, 0.01) for key, value in model.state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors")
+    numbers = [2 * value.numel() for value in state.values()]
+    code = f"""
+    import torch
+    from l2p_fast import checkpoint, model
+    torch.set_num_threads(1)
+    checkpoint.build_empty({config | {"all_patch_size": (64,)}!r})  # warm imports
+    torch.zeros(4).to(torch.bfloat16).isfinite().all()
+    open("/proc/self/clear_refs", "w").write("5")
+    peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+    before = peak()
+    loaded = checkpoint.load_model({str(tmp_path / "m.safetensors")!r}, torch.bfloat16)
+    print(peak() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    used = int(done.stdout.split()[-1])
+    slack = 3 * ckpt.CHUNK  # a piece in the file's dtype, and the allocator's
+    assert used <= sum(numbers) + max(numbers) + slack, (used, sum(numbers), max(numbers))
+    assert sum(numbers) > 3 * (max(numbers) + slack)  # so the bound above tells something
