@@ -1,9 +1,9 @@
 """Every file an L2P checkpoint comes in <-> our state dict: one table, both directions.
 
-A tensor is never read whole in the file's dtype: rows are read in pieces of `CHUNK` bytes, dequantized and cast on the
-way into their place, so loading needs the model in the wanted dtype and little more. The safetensors container (an
-8-byte length, a JSON header, the bytes) is read and written here directly: memory-mapped pages would count as ours, and the
-library's errors name no remedy. Pickles are refused. Nothing is downloaded.
+A tensor is never read whole in the file's dtype: rows are read in pieces of `CHUNK` bytes, dequantized and cast on
+the way into their place, so loading needs the model in the wanted dtype and little more. The safetensors container
+(an 8-byte length, a JSON header, the bytes) is read and written here directly: memory-mapped pages would count as
+ours, and the library's errors name no remedy. Pickles are refused. Nothing is downloaded.
 
 Letters: D = model width, P = patch size in pixels, L = text tokens.
 """
@@ -656,7 +656,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "cap_embedder.1.weight": 2, "cap_embedder.0.weight": 1, "layers.0.attention.norm_q.weight": 1,
         "layers.0.attention.to_q.weight": 2, "layers.0.attention.to_k.weight": 2,
     }  # fmt: skip
-    lost = [key for key, rank in wanted.items() if len(shapes.get(key, ())) != rank]
+    lost = [key for key, rank in wanted.items() if len(shapes.get(key, ())) != rank or 0 in shapes[key]]
     embedders = {}
     for key, shape in shapes.items():
         found = re.fullmatch(r"all_x_embedder\.(\d+)-(\d+)\.weight", key)
@@ -724,10 +724,8 @@ def build_empty(config: Mapping[str, Any]) -> L2PTransformer2DModel:
     try:
         with torch.device("meta"):
             return L2PTransformer2DModel(**config)
-    except UserError:
-        raise
-    except (ValueError, KeyError, AssertionError) as error:
-        raise UserError(f"no L2P model has these sizes ({error}): {dict(config)}") from error
+    except UserError as error:
+        raise UserError(f"no L2P model has the sizes that these tensors tell: {error}") from error
 
 
 def model_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -744,8 +742,9 @@ def load_model(
     """Load an L2P checkpoint of any supported file layout (see `Checkpoint`) as a model in evaluation mode.
 
     The configuration comes from keys and shapes; ``config.json`` of a folder or our files' metadata add what shapes
-    don't tell; ``overrides`` are constructor arguments that win over both. Every parameter is read straight into ``dtype``
-    (None: `Checkpoint.default_dtype`) on ``device``, so host memory peaks at the model plus `CHUNK`-sized pieces.
+    don't tell; ``overrides`` are constructor arguments that win over both. Every parameter is read straight into
+    ``dtype`` (None: `Checkpoint.default_dtype`) on ``device``, so host memory peaks at the model plus `CHUNK`-sized
+    pieces.
 
     Raises:
         UserError: see `Checkpoint`; also missing, unexpected or misshapen tensors, NaN or Inf, a latent checkpoint, a

@@ -222,7 +222,8 @@ CASES = {
         with_header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)), "damaged header",
     ),
     "header twice": (
-        with_header(b'{"a":%b,"a":%b}' % ((b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',) * 2), bytes(8)), "twice",
+        with_header(b'{"a":%b,"a":%b}' % ((b'{"dtype":"U8","shape":[4],"data_offsets":[0,4]}',) * 2), bytes(8)),
+        "twice",
     ),
     "header without tensors": (with_header(b"{}"), "no tensors"),
     "unknown dtype": (with_header({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, bytes(1)), "F4"),
@@ -324,7 +325,7 @@ COMMANDS = {
     ),
     "init: a delta": (lambda folder: ["init", delta(folder), "--res", "4k"], "convert merge"),
     "init: body incomplete": (lambda folder: ["init", changed(KEY)(folder), "--res", "4k"], "lacks 1 tensors"),
-    "init: head width": (lambda folder: ["init", changed()(folder), "--res", "1k", "--head-width", "0"], "--head-width"),
+    "init: head width": (lambda folder: ["init", truncated(folder), "--res", "1k", "--head-width", "0"], "--head-width"),
     "export: prefix": (
         lambda folder: ["export", changed()(folder), "--layout", "comfyui", "--prefix", "model"], "end in a dot",
     ),

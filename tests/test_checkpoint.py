@@ -335,6 +335,5 @@ def test_peak_memory_is_the_model_and_its_largest_tensor(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     used = int(done.stdout.split()[-1])
-    slack = 3 * ckpt.CHUNK  # a piece in the file's dtype, and the allocator's
-    assert used <= sum(numbers) + max(numbers) + slack, (used, sum(numbers), max(numbers))
-    assert sum(numbers) > 3 * (max(numbers) + slack)  # so the bound above tells something
+    bound = sum(numbers) + max(numbers) + 2 * ckpt.CHUNK  # a piece in the file's dtype, and the allocator's slack
+    assert used <= bound < 2 * sum(numbers), (used, bound)
