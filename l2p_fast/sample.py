@@ -710,4 +710,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules.setdefault("bitsandbytes", None)  # diffusers would import it, a second, for what nothing here uses
     run_cli(main)
