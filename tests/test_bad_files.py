@@ -325,7 +325,7 @@ COMMANDS = {
     ),
     "init: a delta": (lambda folder: ["init", delta(folder), "--res", "4k"], "convert merge"),
     "init: body incomplete": (lambda folder: ["init", changed(KEY)(folder), "--res", "4k"], "lacks 1 tensors"),
-    "init: head width": (lambda folder: ["init", truncated(folder), "--res", "1k", "--head-width", "0"], "--head-width"),
+    "init: head width": (lambda folder: ["init", delta(folder), "--res", "1k", "--head-width", "0"], "--head-width"),
     "export: prefix": (
         lambda folder: ["export", changed()(folder), "--layout", "comfyui", "--prefix", "model"], "end in a dot",
     ),
