@@ -278,11 +278,8 @@ def _shards(index: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _find(path: Path) -> tuple[list[Path], dict[str, str], dict[str, Any]]:
     """The safetensors files behind ``path``, what an index says (tensor -> file name) and the folder's config.json."""
-    try:
-        if not path.exists():
-            raise UserError(f"{path} does not exist; give a .safetensors file or a folder (`hf download` fetches one)")
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror or error}") from error
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a .safetensors file or a folder (`hf download` fetches one)")
     if path.is_file():
         if path.name.endswith(".index.json"):
             return *_shards(path), {}
@@ -291,10 +288,7 @@ def _find(path: Path) -> tuple[list[Path], dict[str, str], dict[str, Any]]:
         raise UserError(f"{path} is neither a file nor a folder; give a .safetensors file or a folder")
     if (path / "transformer").is_dir():
         path = path / "transformer"
-    try:
-        files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror or error}") from error
+    files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
     config = _load_json(path / "config.json") if path / "config.json" in files else {}
     indexes = [p for p in files if p.name.endswith(".safetensors.index.json")]
     weights = [p for p in files if p.suffix == ".safetensors" and not p.is_dir()]
@@ -333,7 +327,10 @@ def _refuse_lone_shard(path: Path) -> None:
 
 def _open_raw(path: Path) -> tuple[dict[str, Stored], dict[str, str], dict[str, Any]]:
     """All tensors by the file's own names, the metadata (of the first file that has any) and the folder's config."""
-    files, index, config = _find(path)
+    try:
+        files, index, config = _find(path)
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from error
     if path.is_file() and not index:
         _refuse_lone_shard(path)
     raw: dict[str, Stored] = {}

@@ -195,6 +195,11 @@ def unreadable(folder):
     return path
 
 
+def unreadable_folder(folder):
+    (folder / "closed").mkdir(mode=0)
+    return folder / "closed"
+
+
 def fifo(folder):
     os.mkfifo(folder / "m.safetensors")
     return folder / "m.safetensors"
@@ -259,6 +264,7 @@ CASES = {
     "quantization that is another": (quantized('{"format": "float8_e4m3fn"}', ONE), "note says float8_e4m3fn"),
     "quantization note no json": (quantized("int8", ONE), "not JSON"),
     "unreadable": (unreadable, "can't read"),
+    "unreadable folder": (unreadable_folder, "can't read"),
     "a fifo": (fifo, "neither a file nor a folder"),
 }  # fmt: skip
 
@@ -281,7 +287,7 @@ def test_bad_source(tmp_path, case, capsys):
     make, words = CASES[case]
     (tmp_path / "in").mkdir()
     source = make(tmp_path / "in")
-    if case == "unreadable" and os.access(source, os.R_OK):
+    if case.startswith("unreadable") and os.access(source, os.R_OK):
         pytest.skip("this user reads every file")
     before = listing(tmp_path)
     argv = ["export", str(source), "--layout", "comfyui", "--out", str(tmp_path / "out.safetensors")]
