@@ -1,0 +1,47 @@
+// Why: what every op's C++ face needs from PyTorch's stable ABI: element types, the current CUDA stream, launch errors.
+// Kernels never include this file: they see pointers, strides and a stream, and build without PyTorch's headers.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+#include "element.h"
+
+// Weak: a CPU build of PyTorch lacks this symbol, and the same extension must load there too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace l2p {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Element element_of(ScalarType type, const char* what) {
+  switch (type) {
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::Double: return Element::f64;
+    case ScalarType::Half: return Element::f16;
+    case ScalarType::BFloat16: return Element::bf16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, what, " must be float32, float64, float16 or bfloat16");
+  return Element::f32;  // not reached
+}
+
+inline void* current_cuda_stream(int32_t device_index) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "this build of PyTorch has no CUDA, yet a CUDA kernel of l2p_fast was called");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  return stream;
+}
+
+// error: what a launcher returned; null when the launch went well.
+inline void check_launch(const char* error, const char* kernel) {
+  STD_TORCH_CHECK(error == nullptr, kernel, ": CUDA launch failed: ", error == nullptr ? "" : error);
+}
+
+}  // namespace l2p

@@ -1,0 +1,159 @@
+// Why: patchify and unpatchify in one pass over memory on the CPU, with PyTorch's own threads. A loop over runs
+// (patchify.h); dense three-channel runs of float32 and bfloat16 take a loop that the compiler turns into vector
+// shuffles, everything else goes element by element.
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "patchify.h"
+
+// One build runs on every x86-64 processor: the loader picks the widest clone the processor has.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define L2P_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define L2P_CLONES
+#endif
+
+namespace l2p {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// bfloat16 as its bits, so that the compiler sees only integer arithmetic in the vector loops.
+struct Bits16 {
+  uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+inline float load(Bits16 value) {
+  const uint32_t wide = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &wide, sizeof result);
+  return result;
+}
+
+inline void store(float& to, float value) { to = value; }
+inline void store(Bits16& to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+template <typename Pixel, typename Token>
+__attribute__((always_inline)) inline void dense_run(Direction direction, Pixel* pixels, int64_t channel_stride,
+                                                     Token* tokens, int64_t patch) {
+  Pixel* __restrict red = pixels;
+  Pixel* __restrict green = pixels + channel_stride;
+  Pixel* __restrict blue = pixels + 2 * channel_stride;
+  Token* __restrict out = tokens;
+  if (direction == Direction::to_tokens) {
+    for (int64_t x = 0; x < patch; ++x) {
+      store(out[3 * x], load(red[x]));
+      store(out[3 * x + 1], load(green[x]));
+      store(out[3 * x + 2], load(blue[x]));
+    }
+  } else {
+    for (int64_t x = 0; x < patch; ++x) {
+      store(red[x], load(out[3 * x]));
+      store(green[x], load(out[3 * x + 1]));
+      store(blue[x], load(out[3 * x + 2]));
+    }
+  }
+}
+
+template <typename Pixel, typename Token>
+__attribute__((always_inline)) inline void dense_runs(Direction direction, const PatchLayout& s, void* pixels,
+                                                      void* tokens, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const Run run = run_at(s, index);
+    dense_run(direction, static_cast<Pixel*>(pixels) + pixel_offset(s, run, 0, 0), s.pixel_stride[1],
+              static_cast<Token*>(tokens) + token_offset(s, run, 0, 0), s.patch);
+  }
+}
+
+using DenseRuns = void (*)(Direction, const PatchLayout&, void*, void*, int64_t, int64_t);
+
+// Clones can't be templates: one named function for each pair of types.
+L2P_CLONES void f32_f32(Direction d, const PatchLayout& s, void* pixels, void* tokens, int64_t begin, int64_t end) {
+  dense_runs<float, float>(d, s, pixels, tokens, begin, end);
+}
+L2P_CLONES void f32_bf16(Direction d, const PatchLayout& s, void* pixels, void* tokens, int64_t begin, int64_t end) {
+  dense_runs<float, Bits16>(d, s, pixels, tokens, begin, end);
+}
+L2P_CLONES void bf16_f32(Direction d, const PatchLayout& s, void* pixels, void* tokens, int64_t begin, int64_t end) {
+  dense_runs<Bits16, float>(d, s, pixels, tokens, begin, end);
+}
+L2P_CLONES void bf16_bf16(Direction d, const PatchLayout& s, void* pixels, void* tokens, int64_t begin, int64_t end) {
+  dense_runs<Bits16, Bits16>(d, s, pixels, tokens, begin, end);
+}
+
+// Null where only the general loop applies.
+DenseRuns dense_runs_for(Element pixel_type, Element token_type) {
+  const bool wide_pixels = pixel_type == Element::f32, wide_tokens = token_type == Element::f32;
+  if (!(wide_pixels || pixel_type == Element::bf16) || !(wide_tokens || token_type == Element::bf16)) return nullptr;
+  return wide_pixels ? (wide_tokens ? f32_f32 : f32_bf16) : (wide_tokens ? bf16_f32 : bf16_bf16);
+}
+
+template <typename To, typename From>
+To convert(From value) {
+  if constexpr (std::is_same_v<To, double> || std::is_same_v<From, double>) {
+    return static_cast<To>(static_cast<double>(value));
+  } else {
+    return static_cast<To>(static_cast<float>(value));
+  }
+}
+
+template <typename Pixel, typename Token>
+void any_runs(Direction direction, const PatchLayout& s, Pixel* pixels, Token* tokens, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const Run run = run_at(s, index);
+    for (int64_t x = 0; x < s.patch; ++x) {
+      for (int64_t c = 0; c < s.channels; ++c) {
+        Pixel& pixel = pixels[pixel_offset(s, run, x, c)];
+        Token& token = tokens[token_offset(s, run, x, c)];
+        if (direction == Direction::to_tokens) {
+          token = convert<Token>(pixel);
+        } else {
+          pixel = convert<Pixel>(token);
+        }
+      }
+    }
+  }
+}
+
+// Calls body(T*) with the pointer's element type.
+template <typename Body>
+void with_type(Element element, void* data, const Body& body) {
+  switch (element) {
+    case Element::f32: return body(static_cast<float*>(data));
+    case Element::f64: return body(static_cast<double*>(data));
+    case Element::f16: return body(static_cast<Half*>(data));
+    case Element::bf16: return body(static_cast<BFloat16*>(data));
+  }
+}
+
+}  // namespace
+
+void patchify_cpu(Direction direction, const PatchLayout& s, void* pixels, Element pixel_type, void* tokens,
+                  Element token_type) {
+  const DenseRuns dense = runs_are_dense(s, 1) ? dense_runs_for(pixel_type, token_type) : nullptr;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (s.patch * s.channels));  // elements worth a thread
+  torch::stable::parallel_for(0, run_count(s), grain, [&](int64_t begin, int64_t end) {
+    if (dense != nullptr) {
+      dense(direction, s, pixels, tokens, begin, end);
+      return;
+    }
+    with_type(pixel_type, pixels, [&](auto* typed_pixels) {
+      with_type(token_type, tokens, [&](auto* typed_tokens) {
+        any_runs(direction, s, typed_pixels, typed_tokens, begin, end);
+      });
+    });
+  });
+}
+
+}  // namespace l2p
