@@ -1,0 +1,69 @@
+"""``python -m l2p_fast.tiny ldm | corpus | transfer | score``: make and measure the bundled models, stage by stage."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import UserError, run_cli
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m l2p_fast.tiny", description=__doc__)
+    stages = p.add_subparsers(dest="stage", required=True)
+    ldm = stages.add_parser("ldm", help="train the latent source model (autoencoder, then transformer)")
+    ldm.add_argument("--vae-minutes", type=float, default=8, help="training time of the autoencoder (default 8)")
+    ldm.add_argument("--minutes", type=float, default=70, help="training time of the transformer (default 70)")
+    ldm.add_argument("--pictures", type=int, default=24000, help="training pictures drawn and encoded (default 24000)")
+    corpus = stages.add_parser("corpus", help="let the source model draw the transfer's training pictures")
+    corpus.add_argument("--count", type=int, default=2400, help="pictures (default 2400)")
+    transfer = stages.add_parser("transfer", help="turn the source into a pixel model")
+    transfer.add_argument("--patch-size", type=int, choices=(16, 64), default=16)
+    transfer.add_argument("--minutes", type=float, default=30, help="training time (default 30)")
+    score = stages.add_parser("score", help="measure renderer, source and pixel models on the fixed prompts")
+    score.add_argument("--per-task", type=int, default=40, help="prompts of each of the six tasks (default 40)")
+    score.add_argument("--sides-16", type=int, nargs="*", default=[128, 256], help="px of the patch-16 model's pictures")
+    score.add_argument("--sides-64", type=int, nargs="*", default=[512, 1024], help="px of the patch-64 model's pictures")
+    for stage in (ldm, corpus, transfer, score):
+        stage.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="where all is kept (default runs/tiny)")
+        stage.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there is one)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    numbers = {name: value for name, value in vars(args).items() if name in ("minutes", "count", "pictures", "per_task")}
+    for name, value in numbers.items():
+        if value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    import torch
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise UserError(f"no device {args.device!r}; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device here; use --device cpu")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.stage == "ldm":
+        from . import ldm
+
+        ldm.run(args.folder, device, args.vae_minutes, args.minutes, args.pictures)
+    elif args.stage == "corpus":
+        from . import corpus
+
+        corpus.run(args.folder, device, args.count)
+    elif args.stage == "transfer":
+        from . import transfer
+
+        transfer.run(args.folder, device, args.patch_size, args.minutes)
+    else:
+        from . import score
+
+        score.run(args.folder, device, args.per_task, {16: args.sides_16, 64: args.sides_64})
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,63 @@
+"""The training pictures: the source model draws them itself, as in the paper. No picture is picked or thrown away.
+
+The folder has the published layout: pictures beside a ``metadata.csv`` with the columns image, prompt, seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import ZImagePipeline
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import atomic_path
+from .ldm import BATCH, SIDE, random_pictures
+
+STEPS, GUIDANCE = 20, 2.5
+
+
+def load_source(folder: Path, device: torch.device) -> ZImagePipeline:
+    """The trained source model of ``folder``, in bf16.
+
+    Raises:
+        UserError: it has not been trained yet.
+    """
+    if not (folder / "source").exists():
+        raise UserError(f"no source model in {folder}; train it first: python -m l2p_fast.tiny ldm --folder {folder}")
+    pipeline = ZImagePipeline.from_pretrained(folder / "source", torch_dtype=torch.bfloat16).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_source(pipeline: ZImagePipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    """256-px pictures, one for each prompt and seed. diffusers counts guidance from 0, so its scale is ours less 1."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline(
+        list(prompts), height=SIDE, width=SIDE, num_inference_steps=STEPS, guidance_scale=GUIDANCE - 1,
+        negative_prompt=[""] * len(prompts), generator=generators, max_sequence_length=64,
+    ).images  # fmt: skip
+
+
+def run(folder: Path, device: torch.device, count: int) -> None:
+    """Draw ``count`` pictures into ``folder/corpus``; what is there already is kept."""
+    pipeline, corpus = load_source(folder, device), folder / "corpus"
+    corpus.mkdir(exist_ok=True)
+    prompts = random_pictures(3)
+    rows = [(f"{i:05d}.png", next(prompts)[0].text, i) for i in range(count)]
+    missing = [row for row in rows if not (corpus / row[0]).exists()]
+    with tqdm(total=count, initial=count - len(missing), desc="corpus", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(missing), BATCH):
+            batch = missing[start : start + BATCH]
+            images = sample_source(pipeline, [row[1] for row in batch], [row[2] for row in batch])
+            for (name, _, _), image in zip(batch, images, strict=True):
+                with atomic_path(corpus / name) as temporary:
+                    image.save(temporary)
+            bar.update(len(batch))
+    with atomic_path(corpus / "metadata.csv") as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([("image", "prompt", "seed"), *rows])

@@ -1,0 +1,103 @@
+"""Measure the small world's models on its fixed prompts: a table by task, the retention, and contact sheets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..files import atomic_path
+from ..pipeline import L2PPipeline
+from .corpus import load_source, sample_source
+from .ldm import SIDE
+from .scorer import matches, read
+from .world import TASKS, Prompt, draw, draw_scene, evaluation_prompts
+
+BATCH = 24
+Draw = Callable[[list[str], list[int]], list[Image.Image]]
+
+
+def contact_sheet(images: Iterable[Image.Image], columns: int, side: int = 192, gap: int = 6) -> Image.Image:
+    """Pictures in rows of ``columns``, each fitted into ``side`` px."""
+    images = list(images)
+    cell = side + gap
+    sheet = Image.new("RGB", (columns * cell + gap, -(-len(images) // columns) * cell + gap), "white")
+    for i, image in enumerate(images):
+        image = image.copy()
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        sheet.paste(image, (gap + i % columns * cell, gap + i // columns * cell))
+    return sheet
+
+
+def from_pipeline(pipeline: L2PPipeline, side: int) -> Draw:
+    """A `Draw` that samples ``side`` px square with the pipeline's own defaults."""
+    pipeline.set_progress_bar_config(disable=True)
+
+    def pictures(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(prompts, height=side, width=side, generator=generators).images
+
+    return pictures
+
+
+def measure(name: str, prompts: list[Prompt], pictures: Draw, batch: int = BATCH) -> tuple[dict, list[Image.Image]]:
+    """Draw every prompt with seed 1000 + its number and read the pictures back: shares right by task and overall."""
+    images: list[Image.Image] = []
+    with tqdm(total=len(prompts), desc=name, disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(prompts), batch):
+            part = [prompt.text for prompt in prompts[start : start + batch]]
+            images += pictures(part, list(range(1000 + start, 1000 + start + len(part))))
+            bar.update(len(part))
+    right = [matches(prompt, read(image)) for prompt, image in zip(prompts, images, strict=True)]
+    tasks = {t: [r for r, p in zip(right, prompts, strict=True) if p.task == t] for t in TASKS}
+    scores = {task: round(float(np.mean(values)), 3) for task, values in tasks.items() if values}
+    return scores | {"overall": round(float(np.mean(list(scores.values()))), 3), "prompts": len(prompts)}, images
+
+
+def run(folder: Path, device: torch.device, per_task: int, sides: dict[int, list[int]]) -> dict:
+    """Score renderer, source and the L2P models at ``sides`` {patch: [px, ...]}; writes ``score.json``, ``score.md``, sheets.
+
+    "retention" is overall / source's overall, as the paper reports it.
+    """
+    prompts = evaluation_prompts(per_task)
+    rng = np.random.default_rng(7)
+
+    def renderer(texts: list[str], seeds: list[int]) -> list[Image.Image]:
+        scenes = [draw_scene(rng, Prompt.parse(text)) for text in texts]
+        arrays = [np.moveaxis(draw(scene, SIDE, SIDE), 0, 2) for scene in scenes]
+        return [Image.fromarray(((a + 1) * 127.5).round().astype(np.uint8)) for a in arrays]
+
+    source = load_source(folder, device)
+    draws: dict[str, tuple[Draw, int]] = {
+        f"renderer {SIDE} px": (renderer, BATCH),
+        f"source (latent) {SIDE} px": (lambda texts, seeds: sample_source(source, texts, seeds), BATCH),
+    }
+    for patch, pixels in sides.items():
+        if (folder / f"l2p-{patch}").exists():
+            pipeline = L2PPipeline.from_pretrained(folder / f"l2p-{patch}", torch_dtype=torch.bfloat16).to(device)
+            for side in pixels:
+                batch = max(1, BATCH * (8 * patch) ** 2 // side**2)
+                draws[f"L2P patch {patch}, {side} px"] = from_pipeline(pipeline, side), batch
+    table = {}
+    for name, (pictures, batch) in draws.items():
+        table[name], images = measure(name, prompts, pictures, batch)
+        sheet = contact_sheet(images[:: max(1, len(images) // 48)][:48], 8)
+        with atomic_path(folder / "sheets" / (name.replace(",", "").replace(" ", "-") + ".png")) as temporary:
+            sheet.save(temporary)
+        reference = table.get(f"source (latent) {SIDE} px")
+        if reference and name.startswith("L2P"):
+            table[name]["retention"] = round(table[name]["overall"] / max(reference["overall"], 1e-9), 3)
+        print(name, table[name], flush=True)
+    columns = [*TASKS, "overall", "retention"]
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for name, row in table.items()]
+    for suffix, text in (("json", json.dumps(table, indent=1)), ("md", "\n".join(lines))):
+        with atomic_path(folder / f"score.{suffix}") as temporary:
+            temporary.write_text(text + "\n")
+    return table

@@ -1,0 +1,139 @@
+"""L2P transfer in small: the source's blocks move over, patch embedding and Detailer Head are new, pixels are the data.
+
+As published: everything is trained but the middle blocks, the objective is the source's own. Most pictures are the
+source's (256 px). Finer token grids than it can fill are shown the renderer's pictures instead, as the paper takes real
+pictures at 4K, and at lower noise: there the layout is known and detail is what is left to learn. `rope_grid` maps every
+grid onto the 8 x 8 tokens that the source knows.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import flow
+from ..errors import UserError
+from ..files import atomic_path
+from ..model import L2PTransformer2DModel
+from ..pipeline import L2PPipeline, make_scheduler
+from ..text import encode_prompts
+from .corpus import load_source
+from .fit import Optimizer, fit
+from .ldm import autocast, random_pictures
+from .world import draw
+
+GRID = 8  # tokens of a side that the source was trained on
+HEAD_WIDTHS = {16: 0.25, 64: 0.375}  # the 64-px head needs 8 channels at full resolution to let the noise through
+FREE_BLOCKS = 2  # first and last layers that are trained; those between stay the source's
+# (tokens of a side, pictures in a batch, share of the steps)
+GRIDS = {16: ((8, 32, 0.56), (16, 8, 0.28), (32, 2, 0.16)), 64: ((8, 8, 0.62), (16, 2, 0.28), (32, 1, 0.10))}
+FINE_SIGMA = 0.75  # grids finer than twice the source's see noise up to here
+
+
+def initial_model(source: torch.nn.Module, patch_size: int, coarser: L2PTransformer2DModel | None) -> L2PTransformer2DModel:
+    """A pixel model with every tensor of ``source`` that fits by name and shape, then those of ``coarser``.
+
+    ``coarser`` is a model of a smaller patch: its patch embedding is spread over the larger patch's pixels, so that the
+    new one begins as the old one on the picture made smaller.
+    """
+    config = {key: source.config[key] for key in ("dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads",
+              "cap_feat_dim", "axes_dims", "axes_lens")}  # fmt: skip
+    torch.manual_seed(0)
+    model = L2PTransformer2DModel(
+        all_patch_size=(patch_size,), rope_grid=GRID, head_width=HEAD_WIDTHS[patch_size], **config
+    )
+    state = model.state_dict()
+    for donor in filter(None, (source, coarser)):
+        state.update({k: v for k, v in donor.state_dict().items() if k in state and v.shape == state[k].shape})
+    if coarser is not None:
+        small = coarser.patch_size
+        scale = patch_size // small
+        old = coarser.all_x_embedder[f"{small}-1"]
+        weight = old.weight.detach().unflatten(1, (small, small, 3))
+        weight = weight.repeat_interleave(scale, 1).repeat_interleave(scale, 2) / scale**2
+        state[f"all_x_embedder.{patch_size}-1.weight"] = weight.flatten(1)
+        state[f"all_x_embedder.{patch_size}-1.bias"] = old.bias.detach()
+    model.load_state_dict(state)
+    last = FREE_BLOCKS, len(model.layers) - FREE_BLOCKS
+    for block in model.layers[slice(*last)]:
+        block.requires_grad_(False)
+    return model
+
+
+def draw_sigma(batch: int, highest: float, generator: torch.Generator) -> Tensor:
+    """(B,) noise levels up to ``highest``: half from the shift-3 grid that sampling uses, half uniform."""
+    uniform = torch.rand(batch, generator=generator)
+    shifted = 3 * uniform / (1 + 2 * uniform)
+    return torch.where(torch.rand(batch, generator=generator) < 0.5, shifted, uniform) * highest
+
+
+def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> None:
+    """Train ``folder/l2p-<patch size>``, a pipeline folder in bf16. Patch 64 starts from the model of patch 16."""
+    result = folder / f"l2p-{patch_size}"
+    if result.exists():
+        return
+    coarser = None
+    if patch_size > min(HEAD_WIDTHS):
+        if not (folder / "l2p-16").exists():
+            raise UserError("the patch-64 model starts from the patch-16 one; run transfer --patch-size 16 first")
+        coarser = L2PTransformer2DModel.from_pretrained(folder / "l2p-16" / "transformer", torch_dtype=torch.float32)
+    source = load_source(folder, device)
+    table = folder / "corpus" / "metadata.csv"
+    if not table.exists():
+        raise UserError(f"no {table}; let the source draw it first: python -m l2p_fast.tiny corpus --folder {folder}")
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    corpus = np.stack([np.asarray(Image.open(folder / "corpus" / row["image"])) for row in rows])
+    features = dict.fromkeys(["", *(row["prompt"] for row in rows)])
+    encoder = source.text_encoder.float()
+    features = dict(zip(features, encode_prompts(encoder, source.tokenizer, list(features)), strict=True))
+    model = initial_model(source.transformer.float(), patch_size, coarser).to(device)
+
+    order, scenes = torch.Generator().manual_seed(0), random_pictures(4)
+    grids = GRIDS[patch_size]
+    shares = torch.tensor([share for _, _, share in grids])
+
+    def from_corpus(side: int) -> tuple[Tensor, str]:
+        index = int(torch.randint(len(rows), (), generator=order))
+        picture = Image.fromarray(corpus[index])
+        if side != picture.width:
+            picture = picture.resize((side, side), Image.BOX if side < picture.width else Image.BICUBIC)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1, rows[index]["prompt"]
+
+    def from_renderer(side: int) -> tuple[Tensor, str]:
+        prompt, scene, _ = next(scenes)
+        return torch.from_numpy(draw(scene, side, side)), prompt.text
+
+    def loss_of(step: int) -> Tensor:
+        tokens, batch, _ = grids[int(torch.multinomial(shares, 1, generator=order))]
+        side = tokens * patch_size
+        pictures = [(from_corpus if side <= 512 and tokens <= 2 * GRID else from_renderer)(side) for _ in range(batch)]
+        x0 = torch.stack([picture for picture, _ in pictures]).to(device)
+        texts = ["" if torch.rand((), generator=order) < 0.1 else text for _, text in pictures]
+        for text in set(texts) - features.keys():
+            features[text] = encode_prompts(encoder, source.tokenizer, [text])[0]
+        sigma = draw_sigma(batch, 1.0 if tokens <= 2 * GRID else FINE_SIGMA, order).to(device)
+        noise = torch.randn(x0.shape, generator=order).to(device)
+        with autocast(device):
+            raw = model(flow.add_noise(x0, noise, sigma), 1 - sigma, [features[text] for text in texts])
+        return F.mse_loss(raw.float(), flow.target(x0, noise))
+
+    def matrices(name: str, p: Tensor) -> bool:
+        return p.ndim == 2 and ("layers." in name or "refiner." in name) and "adaLN" not in name
+
+    optimizer = Optimizer(model.named_parameters(), 1e-3, matrices)
+    (folder / f"transfer-{patch_size}").mkdir(exist_ok=True)
+    fit(f"L2P patch {patch_size}", model, optimizer, loss_of, folder=folder / f"transfer-{patch_size}", minutes=minutes)
+    pipeline = L2PPipeline(
+        transformer=model.to("cpu", torch.bfloat16), text_encoder=source.text_encoder.to("cpu", torch.bfloat16),
+        tokenizer=source.tokenizer, scheduler=make_scheduler(), default_steps=16, default_guidance_scale=1.5,
+        coarse_size=2 * GRID, coarse_strength=0.6,
+    )  # fmt: skip
+    with atomic_path(result) as temporary:
+        pipeline.save_pretrained(temporary)
