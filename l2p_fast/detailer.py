@@ -1,18 +1,18 @@
 """The Detailer Head: a U-Net that turns the noisy picture and the transformer's features into the full-size prediction.
 
-One class, four level tables. B batch, C channels, H x W pixels, h x w token grid, D transformer width, K banded levels.
+One class, four level tables. B batch, C channels, H x W pixels, h x w token grid, D transformer width.
 
-At 4096 px the outer levels' feature maps take gigabytes although they hold little work. `DetailerHead.forward` therefore
-can run the K outer levels in bands of rows: one sweep encodes band by band and keeps only what has been pooled K times,
-the inner levels run whole, and a second sweep decodes band by band and computes the outer skips anew instead of storing
-them. Each band carries the rows that its convolutions reach into, so the result is that of the whole picture. Under
-autograd each band is a checkpoint, so training memory is banded too. Left out: bands of columns.
+At 4096 px the outer levels' feature maps take gigabytes although they hold little work. `DetailerHead.forward` can
+therefore run the outer levels in bands of rows: one sweep encodes band by band and keeps only what those levels have
+pooled, the inner levels run whole, and a second sweep decodes band by band and computes the outer skips anew instead of
+storing them. Each band carries the rows that its convolutions reach into, so the result is that of the whole picture.
+Under autograd each band is a checkpoint, so training memory is banded too. Left out: bands of columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -102,8 +102,8 @@ class DetailerHead(nn.Module):
 
     Attributes:
         band_rows: rows of a band at full resolution; None chooses from ``memory_mb``.
-        memory_mb: working memory in MB that the head aims to stay within beside its input and output; None: 256 MB. What
-            fits runs whole. The inner levels set a floor.
+        memory_mb: working memory in MB that the head aims to stay within, beside its input and output; None: 256 MB.
+            What fits runs whole. It is an aim: the inner levels and the halo of a band set a floor.
 
     Raises:
         UserError: a patch size without a table.
@@ -152,7 +152,7 @@ class DetailerHead(nn.Module):
         plan = self.plan(pixels, features.dtype, band_rows or self.band_rows, memory_mb or self.memory_mb)
         if plan is None:
             x = pixels.to(features.dtype, memory_format=torch.channels_last)
-            return self.out_conv(self._inner(x, features, first=0))
+            return self.out_conv(self._inner(x, features, first=0)).contiguous()
         banded, rows = plan
         height, width = pixels.shape[-2:]
         pooled_height, pooled_width = height >> banded, width >> banded
@@ -172,8 +172,8 @@ class DetailerHead(nn.Module):
     ) -> tuple[int, int] | None:
         """How a picture is run: (number of banded levels, rows of a band at full resolution), or None for whole.
 
-        With a budget and nothing else, what fits runs whole; else as many levels are banded as the table says, more where
-        the inner ones would not fit, and half of the budget sets the rows.
+        By budget, what fits runs whole; else as many levels are banded as the table says, more where the inner ones
+        would not fit, and a quarter of the budget sets the rows, for bands that stay near the processor are the faster.
         """
         batch, _, height, width = pixels.shape
         budget = (AUTO_MEMORY_MB if memory_mb is None else memory_mb) * 2**20
@@ -186,7 +186,7 @@ class DetailerHead(nn.Module):
                 banded += 1
             row_bytes = self._bytes(0, width, dtype, last=banded)
             halo = _halo(banded)
-            band_rows = max(int(budget / 2 / row_bytes) - 2 * halo, halo)
+            band_rows = max(int(budget / 4 / row_bytes) - 2 * halo, 2 * halo)
         step = 2**banded
         rows = -(-band_rows // step) * step
         return (banded, rows) if rows < height else None
@@ -259,8 +259,8 @@ class DetailerHead(nn.Module):
     def _skips(self, pixels: Tensor, wanted: list[Rows], dtype: torch.dtype) -> list[Tensor]:
         """Encoder outputs of the outer levels, of level k the rows ``wanted[k]``.
 
-        A convolution pads every edge of its window with zeros. At the picture's own edge that is right; elsewhere the window
-        has one row more than wanted, and the row that the padding spoiled is cut off.
+        A convolution pads every edge of its window with zeros. At the picture's own edge that is right; elsewhere the
+        window has one row more than wanted, and the row that the padding spoiled is cut off.
         """
         skips: list[Tensor] = []
         for k, rows in enumerate(wanted):
@@ -276,7 +276,7 @@ class DetailerHead(nn.Module):
         return skips
 
     def _sweep(
-        self, band: Callable[..., Tensor], inputs: tuple[Tensor, ...], rows: int, shape: Iterable[int]
+        self, band: Callable[..., Tensor], inputs: tuple[Tensor, ...], rows: int, shape: tuple[int, int, int]
     ) -> Tensor:
         """Run ``band(*sample, start, stop)`` over all samples and bands of ``rows`` rows; -> (B, *shape)."""
         batch, height = inputs[0].shape[0], shape[1]
@@ -303,7 +303,7 @@ class DetailerHead(nn.Module):
         return result
 
     def _bytes(self, first: int, area: int, dtype: torch.dtype, last: int | None = None) -> int:
-        """Peak bytes of levels ``first`` to ``last`` whole, for ``area`` pixels at the first; with gradients, what they keep."""
+        """Peak bytes of levels ``first`` to ``last``, ``area`` pixels at the first; with gradients, what they keep."""
         levels = self.levels[first:last]
         item = torch.finfo(dtype).bits // 8
         if torch.is_grad_enabled():  # convolution inputs and pre-activations stay
@@ -322,7 +322,7 @@ def _conv_silu(part: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def _decoder_rows(rows: Rows, banded: int) -> tuple[list[Rows], list[Rows]]:
-    """What ``rows`` of the result need: decoder output of levels 0 to ``banded``, encoder output of levels below ``banded``."""
+    """What ``rows`` of the result need: rows of the decoder's output at levels 0 to ``banded``, of the encoder's."""
     decoded = [rows]
     for _ in range(banded):
         decoded.append(decoded[-1].grow(2).pooled())  # two convolutions, then the half size

@@ -2,8 +2,8 @@
 
 B batch, N tokens, D model width, H heads, E = D / H head width, A = min(D, 256) width of the timestep embedding.
 
-The four memory-bound steps of a block (norm and modulate, gated residual, query-key norm with RoPE, SiLU gate) are each one
-function here, so a fused version has one place to go. Left out: what only latent or multi-image models need.
+The four memory-bound steps of a block (norm and modulate, gated residual, query-key norm with RoPE, SiLU gate) are each
+one function here, so a fused version has one place to go. Left out: what only latent or multi-image models need.
 Source: Z-Image (arXiv 2511.22699); its public form is diffusers' ``ZImageTransformer2DModel``.
 """
 
@@ -76,7 +76,7 @@ class RMSNorm(nn.Module):
         gate: Tensor | None = None,
         rope: Rope | None = None,
     ) -> Tensor:
-        """norm(x); with ``scale``: modulated; with ``residual``: added to it, gated by ``gate``; with ``rope``: turned."""
+        """norm(x); with ``scale`` modulated, with ``rope`` turned, with ``residual`` added to it, gated by ``gate``."""
         if scale is not None:
             return norm_modulate(x, self.weight, scale, self.eps)
         if rope is not None:
@@ -94,7 +94,7 @@ class RMSNorm(nn.Module):
 def rope_tables(positions: Tensor, axes_dims: tuple[int, ...], theta: float) -> Rope:
     """cos and sin for positions (..., N, axes), possibly fractional: each (..., N, 1, E / 2) fp32.
 
-    Angles are computed in fp64 and rounded once; at integer positions they equal Z-Image's precomputed tables bit for bit.
+    Angles are computed in fp64 and rounded once; at integer positions they are those of Z-Image's precomputed tables.
     """
     angles = []
     for axis, dim in enumerate(axes_dims):
@@ -167,7 +167,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each with a norm before and after; with ``modulation`` the timestep scales and gates."""
+    """Attention and feed-forward, each normed before and after; with ``modulation`` the timestep scales and gates."""
 
     def __init__(self, dim: int, heads: int, norm_eps: float, qk_norm: bool, modulation: bool = True):
         super().__init__()

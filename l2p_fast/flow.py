@@ -1,8 +1,8 @@
 """Rectified flow as pure functions: the schedule, the noising, the Euler step and guidance.
 
-x_sigma = (1 - sigma) * x0 + sigma * eps runs from the picture (sigma = 0) to noise (sigma = 1). The network sees the time
-t = 1 - sigma and returns ``raw`` = x0 - eps, the negative of the velocity dx/dsigma = eps - x0. Left out: any sampler of
-higher order.
+x_sigma = (1 - sigma) * x0 + sigma * eps runs from the picture (sigma = 0) to noise (sigma = 1). The network sees the
+time t = 1 - sigma and returns ``raw`` = x0 - eps, the negative of the velocity dx/dsigma = eps - x0. Left out: samplers
+of higher order.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 B batch, D model width, E head width, P patch, h x w token grid, L text tokens, N image and text tokens of one sample.
 
-A sample's sequence is its image tokens, then its text tokens, each filled up to a multiple of 32 with a learned token that
-is attended like any other. All samples of a batch share the image grid, so only texts differ in length: what makes a batch
-of them rectangular stands at the end and is masked, and when nothing stands there, there is no mask at all.
+A sample's sequence is its image tokens, then its text tokens, each filled up to a multiple of 32 with a learned token
+that is attended like any other. All samples of a batch share the image grid, so only texts differ in length: what makes
+a batch of them rectangular stands at the end and is masked, and when nothing stands there, there is no mask at all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .detailer import LEVELS, DetailerHead, size_multiple
 from .dit import ADALN_DIM, SEQUENCE_MULTIPLE, Rope, TextEmbedder, TimestepEmbedder, TransformerBlock, rope_tables
 from .errors import UserError
+from .ops import patchify
 
 
 @dataclass
@@ -64,8 +65,8 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         t_scale: the timestep embedder sees t * t_scale.
         head_width: multiplies the Detailer Head's channels.
         rope_grid: with a number, every token grid is mapped onto the positions of a ``rope_grid`` x ``rope_grid`` one
-            (centred, aspect kept), and image keys get the logit bias log(rope_grid^2 / (h w)) beside text, so that a model
-            trained on that grid can run on any. None (published): rows and columns are their own positions.
+            (centred, aspect kept), and image keys get the logit bias log(rope_grid^2 / (h w)) beside text, so that a
+            model trained on that grid can run on any. None (published): rows and columns are their own positions.
 
     Raises:
         UserError: a configuration that no L2P model has.
@@ -101,9 +102,8 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         if len(all_patch_size) != 1 or all_patch_size[0] not in LEVELS:
             raise UserError(f"all_patch_size must hold one of {sorted(LEVELS)}, got {list(all_patch_size)}")
         if list(all_f_patch_size) != [1] or in_channels != 3:
-            raise UserError(
-                f"an L2P model has all_f_patch_size [1] and in_channels 3, got {list(all_f_patch_size)} and {in_channels}"
-            )
+            given = f"{list(all_f_patch_size)} and {in_channels}"
+            raise UserError(f"an L2P model has all_f_patch_size [1] and in_channels 3, got {given}")
         if n_kv_heads != n_heads:
             raise UserError(f"n_kv_heads must equal n_heads = {n_heads}, got {n_kv_heads}")
         if dim != n_heads * sum(axes_dims) or any(d % 2 for d in axes_dims):
@@ -308,7 +308,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     def _joint_mask(
         self, attended: Tensor | None, batch: int, text_length: int, image_length: int, grid: tuple[int, int]
     ) -> Tensor | None:
-        """(B or 1, 1, 1, N) for the joint blocks: None, bool (ragged texts), or fp32 where ``rope_grid`` weighs image keys."""
+        """(B or 1, 1, 1, N) for the joint blocks: None, bool for ragged texts, fp32 where ``rope_grid`` weighs keys."""
         bias = 0.0
         if self.config.rope_grid is not None:
             bias = math.log(self.config.rope_grid**2 / math.prod(grid))
@@ -346,8 +346,3 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
 
 def _round_up(length: int) -> int:
     return -(-length // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
-
-
-def patchify(pixels: Tensor, patch_size: int, dtype: torch.dtype | None = None) -> Tensor:
-    x = pixels.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # B C h P w P
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2).to(dtype or pixels.dtype)
