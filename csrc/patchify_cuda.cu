@@ -20,18 +20,22 @@ struct alignas(16) Vector {
   T values[N];
 };
 
+// Named conversions: PyTorch's build flags take the implicit ones away.
+__device__ float to_float(float value) { return value; }
+__device__ float to_float(double value) { return static_cast<float>(value); }
+__device__ float to_float(__half value) { return __half2float(value); }
+__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
 template <typename To, typename From>
 __device__ To convert(From value) {
   if constexpr (std::is_same_v<To, From>) {
     return value;
-  } else if constexpr (std::is_same_v<To, double> && std::is_same_v<From, float>) {
-    return static_cast<double>(value);
-  } else if constexpr (std::is_same_v<From, double> && std::is_same_v<To, __nv_bfloat16>) {
-    return __double2bfloat16(value);
-  } else if constexpr (std::is_same_v<From, double> && std::is_same_v<To, __half>) {
-    return __double2half(value);
+  } else if constexpr (std::is_same_v<To, __half>) {
+    return __float2half_rn(to_float(value));
+  } else if constexpr (std::is_same_v<To, __nv_bfloat16>) {
+    return __float2bfloat16_rn(to_float(value));
   } else {
-    return static_cast<To>(static_cast<float>(value));
+    return to_float(value);
   }
 }
 

@@ -1,7 +1,7 @@
 """Pixels to tokens and back in one pass, with the change of dtype on the way.
 
-Why an op: the permute + copy + cast of PyTorch crosses memory three times with the fp32 state of a 4096 px picture.
-Either function is the other's backward. Left out: overlapping patches and padding; the sizes are multiples of the patch.
+Why an op: PyTorch's permute + copy + cast crosses memory twice, first with the whole fp32 state of a 4096 px picture.
+Either function is the other's backward. Left out: overlapping patches and padding; sizes are multiples of the patch.
 
 Letters: B batch, C channels, H and W pixels, P patch side, h = H/P, w = W/P.
 """
