@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: validate, then time; report shares of what this machine can do, measured in the same run."""
+"""Shared by all benchmarks: validate, then time; report shares of what this machine does, measured in the same run."""
 
 from __future__ import annotations
 

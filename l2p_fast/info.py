@@ -90,7 +90,7 @@ def report() -> Iterator[str]:
         ),
         "devices": device_lines(),
         "extension": extension_lines(),
-        "attention backends (--attention NAME; _native_cudnn and those of other packages need a GPU)": attention_lines(),
+        "attention backends (--attention NAME; _native_cudnn and other packages need a GPU)": attention_lines(),
         "models": weight_lines(),
     }
     for title, lines in sections.items():
