@@ -36,7 +36,7 @@ if MODE not in ("auto", "require", "cpu", "skip"):
 TORCH_TO_BUILD_WITH = "torch==2.13.0"
 TORCH_ABI = "0x020a000000000000"  # 2.10
 ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
-CXX_FLAGS = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=2"]
 
 
@@ -80,7 +80,7 @@ class Build(build_ext):
         note.unlink(missing_ok=True)
         problem = self.obstacle()
         if problem is None:
-            home = cuda_home()
+            home, fresh = cuda_home(), (self.compiler, self.inplace)  # a failed run leaves both changed
             try:
                 self.build(home)
                 return
@@ -90,6 +90,7 @@ class Build(build_ext):
                 problem = f"the build failed ({' '.join(str(error).split())[:300]}); for its output: pip install -v"
                 if home is not None:
                     print(f"l2p_fast: building with CUDA failed, now without: {error}", file=sys.stderr)
+                    self.compiler, self.inplace = fresh
                     try:
                         self.build(None)
                         return
@@ -151,7 +152,7 @@ class Build(build_ext):
             kernels.extra_link_args += [f"-L{home}/lib64", f"-L{home}/lib", *libraries]
         report.sources = ["csrc/build_info.cpp"]
         report.include_dirs = [pybind11.get_include(), str(generated)]
-        report.extra_compile_args = {"cxx": ["-O1", "-std=c++17", "-fvisibility=hidden"]}
+        report.extra_compile_args = {"cxx": ["-O1", "-g0", "-std=c++17", "-fvisibility=hidden"]}
         super().run()
 
 
