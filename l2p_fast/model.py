@@ -76,6 +76,8 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     _no_split_modules = ["TransformerBlock"]
     _repeated_blocks = ["TransformerBlock"]
     _skip_layerwise_casting_patterns = ["t_embedder", "cap_embedder", "norm"]
+    # Small or sensitive linears: for `llm_int8_skip_modules` and the like. The head's convolutions are never quantized.
+    quantization_skip_modules = ["t_embedder", "cap_embedder", "all_x_embedder", "adaLN_modulation"]
 
     @register_to_config
     def __init__(

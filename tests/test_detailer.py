@@ -1,0 +1,168 @@
+"""The Detailer Head: its tables, and that whole, banded and plain forward are one function."""
+
+import pytest
+import torch
+
+from l2p_fast.detailer import LEVELS, DetailerHead, size_multiple
+from l2p_fast.errors import UserError
+
+WHOLE = 10**6
+SIZES = {
+    16: (208, 80),
+    64: (448, 320),
+    128: (384, 512),
+    160: (640, 320),
+}  # each at least two bands, none a power of two
+
+
+def head_and_inputs(patch, batch=1, dtype=torch.float32, width=0.25, seed=0):
+    torch.manual_seed(seed)
+    height, columns = SIZES[patch]
+    head = DetailerHead(patch, 24, width).to(dtype)
+    pixels = torch.randn(batch, 3, height, columns, dtype=dtype)
+    features = torch.randn(batch, 24, height // patch, columns // patch, dtype=dtype)
+    return head, pixels, features
+
+
+def error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("patch,parameters", [(16, 10_085_123), (64, 10_095_299), (128, 10_100_455), (160, 4_659_687)])
+def test_published_size(patch, parameters):
+    with torch.device("meta"):
+        head = DetailerHead(patch, 3840)
+    assert sum(p.numel() for p in head.parameters()) == parameters
+    assert head.out_conv.weight.shape == (3, 64 if patch == 16 else 16, 1, 1)
+
+
+def test_size_multiples_and_bad_patch():
+    assert [size_multiple(p) for p in (16, 64, 128, 160)] == [16, 64, 128, 320]
+    with pytest.raises(UserError, match="16, 64, 128, 160"):
+        DetailerHead(32, 24)
+
+
+def test_width_scales_all_but_the_ends():
+    head = DetailerHead(128, 24, 0.1)
+    assert head.enc_8k[0].out_channels == 3 and head.out_conv.out_channels == 3
+    inner = [m.out_channels for m in head.modules() if isinstance(m, torch.nn.Conv2d) and m.out_channels != 3]
+    assert min(inner) == 4 and all(c % 4 == 0 for c in inner) and max(inner) == 52
+
+
+@pytest.mark.parametrize("patch", LEVELS)
+@torch.no_grad()
+def test_whole_equals_reference(patch):
+    head, pixels, features = head_and_inputs(patch, batch=2)
+    plain = head.forward_reference(pixels, features)
+    whole = head(pixels, features, band_rows=WHOLE)
+    assert whole.shape == pixels.shape and whole.is_contiguous()
+    assert error(whole, plain) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "patch,rows", [(16, 1), (16, 24), (16, 40), (64, 8), (64, 56), (128, 16), (128, 200), (160, 80)]
+)
+@torch.no_grad()
+def test_banded_equals_whole(patch, rows):
+    head, pixels, features = head_and_inputs(patch, batch=2)
+    features = features.to(memory_format=torch.channels_last)
+    whole = head(pixels, features, band_rows=WHOLE)
+    seen = []
+    sweep = head._sweep
+    head._sweep = lambda *args: seen.append(args) or sweep(*args)
+    banded = head(pixels, features, band_rows=rows)
+    assert len(seen) == 2 and banded.is_contiguous()
+    assert error(banded, whole) <= 1e-6
+    assert (banded - whole).abs().max() <= 1e-6 * whole.abs().max()  # edges of bands too
+
+
+@pytest.mark.parametrize("patch,deepest", [(16, 3), (64, 5)])
+@torch.no_grad()
+def test_smaller_budgets_band_more_levels(patch, deepest):
+    head, pixels, features = head_and_inputs(patch)
+    whole = head(pixels, features, band_rows=WHOLE)
+    depths = []
+    for budget in (100.0, 3.0, 1.0, 0.1):
+        plan = head.plan(pixels, torch.float32, memory_mb=budget)
+        depths.append(0 if plan is None else plan[0])
+        assert error(head(pixels, features, memory_mb=budget), whole) <= 1e-6
+    assert depths[0] == 0 and depths == sorted(depths) and depths[-1] == deepest
+
+
+def test_plan_at_published_sizes():
+    for patch, size, banded in ((16, 1024, 1), (64, 4096, 3), (128, 8192, 4), (160, 10240, 4)):
+        head = DetailerHead(patch, 24)
+        pixels = torch.empty(1, 3, size, size, device="meta")
+        assert head.plan(pixels, torch.bfloat16, band_rows=256) == (banded, 256)
+        assert head.plan(pixels, torch.bfloat16, memory_mb=100_000) is None
+        with torch.no_grad():
+            depth, rows = head.plan(pixels, torch.bfloat16)
+        assert depth >= banded and rows < size
+    head.band_rows = 100
+    assert head.plan(pixels, torch.bfloat16, head.band_rows) == (4, 112)  # a multiple of 2^4
+
+
+@pytest.mark.parametrize("patch,rows", [(16, 24), (64, 64), (160, 160)])
+def test_backward_through_bands(patch, rows):
+    head, pixels, features = head_and_inputs(patch, batch=2, dtype=torch.float64)
+    wanted = torch.randn_like(pixels)
+
+    def gradients(**how):
+        inputs = [pixels.clone().requires_grad_(), features.clone().requires_grad_()]
+        out = head(*inputs, **how)
+        return torch.autograd.grad((out * wanted).sum(), [*inputs, *head.parameters()])
+
+    for got, want in zip(gradients(band_rows=rows), gradients(band_rows=WHOLE), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
+
+
+def test_bands_keep_less_for_backward():
+    head, pixels, features = head_and_inputs(64)
+    features.requires_grad_()
+
+    def kept(**how):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x
+        ):
+            head(pixels, features, **how)
+        return sum(sizes.values())
+
+    assert kept(band_rows=64) < 0.3 * kept(band_rows=WHOLE)
+
+
+@torch.no_grad()
+def test_bf16_error():
+    head, pixels, features = head_and_inputs(64, width=0.5)
+    exact = head.forward_reference(pixels, features)
+    head.bfloat16()
+    features = features.bfloat16()
+    plain = error(head.forward_reference(pixels, features).float(), exact)
+    for rows in (WHOLE, 64):
+        out = head(pixels, features, band_rows=rows)  # fp32 pixels are cast band by band
+        assert out.dtype == torch.bfloat16
+        assert error(out.float(), exact) <= 2 * plain
+
+
+def test_refuses_what_does_not_fit():
+    head = DetailerHead(16, 24, 0.1)
+    with pytest.raises(UserError, match="multiples of 16"):
+        head(torch.zeros(1, 3, 24, 32), torch.zeros(1, 24, 1, 2))
+    with pytest.raises(UserError, match=r"\(1, 24, h, w\)"):
+        head(torch.zeros(1, 3, 32, 32), torch.zeros(1, 20, 2, 2))
+
+
+def test_every_pixel_of_the_halo_counts():
+    """A picture changed in one row changes the same rows of the result, banded or whole."""
+    head, pixels, features = head_and_inputs(16, dtype=torch.float64)
+    with torch.no_grad():
+        for rows in (WHOLE, 16):
+            base = head(pixels, features, band_rows=rows)
+            bumped = pixels.clone()
+            bumped[:, :, 100] += 1
+            moved = (head(bumped, features, band_rows=rows) - base).abs().amax(dim=(0, 1, 3)) > 0
+            if rows == WHOLE:
+                reach = moved
+            assert torch.equal(moved, reach)
+    rows = reach.nonzero().flatten()
+    assert rows.min() < 100 < rows.max() and (rows - 100).abs().max() <= 47 + 16  # 47 from a tile's edge, tiles of 16
