@@ -161,9 +161,7 @@ def test_several_images_of_a_prompt_and_output_types(pipe):
 def test_embeds_instead_of_prompts(pipe):
     wanted = pipe("a star", "fog", generator=seeded(), output_type="pt", **SMALL).images
     pos, neg = pipe.encode_prompt(["a star", "fog"])
-    got = pipe(
-        prompt_embeds=[pos], negative_prompt_embeds=[neg], generator=seeded(), output_type="pt", **SMALL
-    ).images
+    got = pipe(prompt_embeds=[pos], negative_prompt_embeds=[neg], generator=seeded(), output_type="pt", **SMALL).images
     assert torch.equal(got, wanted)
     got = pipe(prompt_embeds=[pos], negative_prompt="fog", generator=seeded(), output_type="pt", **SMALL).images
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
@@ -231,12 +229,16 @@ def test_coarse_start():
     assert seen[0][2] == (16, 32) and seen[-1][2] == (80, 160)
     # by hand
     plain, generator = tiny_pipeline(), seeded(7)
-    small = plain("a", noise=draw_noise((1, 3, 16, 32), generator), output_type="latent", **kwargs | {
-        "height": 16, "width": 32
-    }).images
+    small = plain(
+        "a", noise=draw_noise((1, 3, 16, 32), generator), output_type="latent", **kwargs | {"height": 16, "width": 32}
+    ).images
     start = torch.nn.functional.interpolate(small.clamp(-1, 1), (80, 160), mode="bicubic").clamp(-1, 1)
     wanted = plain(
-        "a", image=(start + 1) / 2, strength=0.5, noise=draw_noise((1, 3, 80, 160), generator), output_type="latent",
+        "a",
+        image=(start + 1) / 2,
+        strength=0.5,
+        noise=draw_noise((1, 3, 80, 160), generator),
+        output_type="latent",
         **kwargs,
     ).images
     assert (out - wanted).norm() / wanted.norm() < 0.02  # image-to-image clamps the overshoot of the enlargement

@@ -16,23 +16,31 @@ def parser() -> argparse.ArgumentParser:
     ldm.add_argument("--minutes", type=float, default=70, help="training time of the transformer (default 70)")
     ldm.add_argument("--pictures", type=int, default=24000, help="training pictures drawn and encoded (default 24000)")
     corpus = stages.add_parser("corpus", help="let the source model draw the transfer's training pictures")
-    corpus.add_argument("--count", type=int, default=2400, help="pictures (default 2400)")
+    corpus.add_argument("--count", type=int, default=1920, help="pictures (default 1920)")
     transfer = stages.add_parser("transfer", help="turn the source into a pixel model")
     transfer.add_argument("--patch-size", type=int, choices=(16, 64), default=16)
     transfer.add_argument("--minutes", type=float, default=30, help="training time (default 30)")
     score = stages.add_parser("score", help="measure renderer, source and pixel models on the fixed prompts")
     score.add_argument("--per-task", type=int, default=40, help="prompts of each of the six tasks (default 40)")
-    score.add_argument("--sides-16", type=int, nargs="*", default=[128, 256], help="px of the patch-16 model's pictures")
-    score.add_argument("--sides-64", type=int, nargs="*", default=[512, 1024], help="px of the patch-64 model's pictures")
+    score.add_argument(
+        "--sides-16", type=int, nargs="*", default=[128, 256], help="px of the patch-16 model's pictures"
+    )
+    score.add_argument(
+        "--sides-64", type=int, nargs="*", default=[512, 1024], help="px of the patch-64 model's pictures"
+    )
     for stage in (ldm, corpus, transfer, score):
-        stage.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="where all is kept (default runs/tiny)")
+        stage.add_argument(
+            "--folder", type=Path, default=Path("runs/tiny"), help="where all is kept (default runs/tiny)"
+        )
         stage.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there is one)")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    numbers = {name: value for name, value in vars(args).items() if name in ("minutes", "count", "pictures", "per_task")}
+    numbers = {
+        name: value for name, value in vars(args).items() if name in ("minutes", "count", "pictures", "per_task")
+    }
     for name, value in numbers.items():
         if value <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")

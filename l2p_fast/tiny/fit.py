@@ -59,7 +59,7 @@ def fit(
     ema_decay: float = 0.999,
     save_every: float = 120.0,
 ) -> None:
-    """Train until ``minutes`` of training are used (earlier runs counted in) or ``max_steps``; ends with average weights.
+    """Train until ``minutes`` are used (earlier runs counted in) or ``max_steps`` made; ends with average weights.
 
     The rate warms up over 100 steps and falls to zero as a cosine of the time used. The state in
     ``folder/state.pt`` is written every ``save_every`` seconds, so a stopped run goes on from there.
@@ -79,7 +79,12 @@ def fit(
 
     smooth, saved, log = None, time.monotonic(), (folder / "log.jsonl").open("a")
     total = round(minutes * 60)
-    with log, tqdm(total=total, initial=min(round(used), total), desc=title, unit="s", disable=not sys.stderr.isatty()) as bar:
+    with (
+        log,
+        tqdm(
+            total=total, initial=min(round(used), total), desc=title, unit="s", disable=not sys.stderr.isatty()
+        ) as bar,
+    ):
         while used < minutes * 60 and (max_steps is None or step < max_steps):
             start = time.monotonic()
             progress = max(used / (minutes * 60), step / max_steps if max_steps else 0)

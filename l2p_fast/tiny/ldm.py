@@ -156,7 +156,7 @@ def encode_pictures(folder: Path, device: torch.device, count: int) -> None:
 
 
 def train_transformer(folder: Path, device: torch.device, minutes: float) -> None:
-    """Train transformer and text encoder together on || (eps - x0) - v ||^2, sigma logit-normal, captions dropped 10 %."""
+    """Train transformer and text encoder together: velocity loss, sigma logit-normal, a tenth of captions dropped."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = nn.ModuleDict({"transformer": build_transformer(), "text": build_text_encoder(tokenizer)}).to(device)

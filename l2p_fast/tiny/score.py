@@ -61,7 +61,9 @@ def measure(name: str, prompts: list[Prompt], pictures: Draw, batch: int = BATCH
 
 
 def run(folder: Path, device: torch.device, per_task: int, sides: dict[int, list[int]]) -> dict:
-    """Score renderer, source and the L2P models at ``sides`` {patch: [px, ...]}; writes ``score.json``, ``score.md``, sheets.
+    """Score renderer, source and the L2P models at ``sides`` {patch: [px, ...]}.
+
+    Writes ``score.json``, ``score.md`` and contact sheets.
 
     "retention" is overall / source's overall, as the paper reports it.
     """

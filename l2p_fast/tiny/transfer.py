@@ -1,9 +1,9 @@
 """L2P transfer in small: the source's blocks move over, patch embedding and Detailer Head are new, pixels are the data.
 
 As published: everything is trained but the middle blocks, the objective is the source's own. Most pictures are the
-source's (256 px). Finer token grids than it can fill are shown the renderer's pictures instead, as the paper takes real
-pictures at 4K, and at lower noise: there the layout is known and detail is what is left to learn. `rope_grid` maps every
-grid onto the 8 x 8 tokens that the source knows.
+source's (256 px). Finer token grids than it can fill are shown the renderer's pictures instead, as the paper takes
+real pictures at 4K, and at lower noise: there the layout is known and detail is what is left to learn. `rope_grid`
+maps every grid onto the 8 x 8 tokens that the source knows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ GRIDS = {16: ((8, 32, 0.56), (16, 8, 0.28), (32, 2, 0.16)), 64: ((8, 8, 0.62), (
 FINE_SIGMA = 0.75  # grids finer than twice the source's see noise up to here
 
 
-def initial_model(source: torch.nn.Module, patch_size: int, coarser: L2PTransformer2DModel | None) -> L2PTransformer2DModel:
+def initial_model(
+    source: torch.nn.Module, patch_size: int, coarser: L2PTransformer2DModel | None
+) -> L2PTransformer2DModel:
     """A pixel model with every tensor of ``source`` that fits by name and shape, then those of ``coarser``.
 
     ``coarser`` is a model of a smaller patch: its patch embedding is spread over the larger patch's pixels, so that the

@@ -2,7 +2,7 @@
 
 Prompts follow the six tasks of GenEval (Ghosh et al., 2023). A picture is a list of vector shapes in units of its
 longer side, so the same scene can be drawn at 128 px or at 4096 px; paper and paint carry two octaves of texture, the
-coarser one visible from 512 px, the finer one from 2048 px, so that a large picture holds detail that a small one can't.
+coarser one visible from 512 px, the finer one from 2048 px: a large picture holds detail that a small one can't.
 
 Left out: rotation, overlap, perspective. The world is meant to be learnt within an hour on two CPU cores.
 """
@@ -154,8 +154,10 @@ def draw_scene(rng: np.random.Generator, prompt: Prompt, height: int = 1, width:
                 continue
             if prompt.relation and not relation_holds(prompt.relation, points[owner == 0], points[owner == 1]):
                 continue
-            return [Thing(*kind, x=float(x), y=float(y), size=s)
-                    for kind, (x, y), s in zip(kinds, points, sizes, strict=True)]
+            return [
+                Thing(*kind, x=float(x), y=float(y), size=s)
+                for kind, (x, y), s in zip(kinds, points, sizes, strict=True)
+            ]
         shrink *= 0.93
 
 
@@ -205,9 +207,7 @@ def _texture(x: np.ndarray, y: np.ndarray, pixels: float, weave: bool) -> np.nda
     return value
 
 
-def draw(
-    scene: list[Thing], height: int, width: int, window: tuple[int, int, int, int] | None = None
-) -> np.ndarray:
+def draw(scene: list[Thing], height: int, width: int, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
     """Draw a scene.
 
     Args:
@@ -235,6 +235,8 @@ def draw(
         size = np.float32(thing.size)
         distance = signed_distance(thing.shape, (xs - np.float32(thing.x)) / size, (ys - np.float32(thing.y)) / size)
         cover = np.clip(0.5 - distance * size * np.float32(pixels), 0, 1)
-        paint = np.asarray(COLORS[thing.color], np.float32)[:, None, None] + 0.05 * _texture(xs, ys, pixels, weave=False)
+        paint = np.asarray(COLORS[thing.color], np.float32)[:, None, None] + 0.05 * _texture(
+            xs, ys, pixels, weave=False
+        )
         picture[:, part[0], part[1]] += cover * (paint - picture[:, part[0], part[1]])
     return np.clip(picture, 0, 1) * 2 - 1
