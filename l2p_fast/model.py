@@ -180,6 +180,18 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         Raises:
             UserError: sizes, counts or widths that don't fit the model or each other.
         """
+        return self.local_decoder(pixels, self.features(pixels, t, cap_feats, cond=cond, step=step))
+
+    def features(
+        self,
+        pixels: Tensor,
+        t: Tensor | None = None,
+        cap_feats: Sequence[Tensor] | None = None,
+        *,
+        cond: Conditioning | None = None,
+        step: int | None = None,
+    ) -> Tensor:
+        """What the transformer hands to the Detailer Head: (B, D, h, w), channels-last; arguments as `forward`'s."""
         batch, channels, height, width = pixels.shape if pixels.ndim == 4 else (0, 0, 0, 0)
         if channels != 3 or batch == 0:
             raise UserError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
@@ -211,8 +223,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         x = torch.cat([x, cond.text.to(x.dtype)], dim=1)
         for block, modulation in zip(self.layers, modulations[refiners:], strict=True):
             x = self._run(block, x, cond.rope_joint, cond.mask, temb, modulation)
-        features = x[:, : math.prod(grid)].unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last as it stands
-        return self.local_decoder(pixels, features)
+        return x[:, : math.prod(grid)].unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last as it stands
 
     def prepare(
         self, cap_feats: Sequence[Tensor], height: int, width: int, timesteps: Tensor | None = None

@@ -2,8 +2,9 @@
 
 As published: everything is trained but the middle blocks, the objective is the source's own. Most pictures are the
 source's (256 px). Finer token grids than it can fill are shown the renderer's pictures instead, as the paper takes
-real pictures at 4K, and at lower noise: there the layout is known and detail is what is left to learn. `rope_grid`
-maps every grid onto the 8 x 8 tokens that the source knows.
+real pictures at 4K, and at lower noise: there the layout is known and detail is what is left to learn. At the native
+64 x 64 tokens only the head is trained, on crops, behind a transformer without gradients. `rope_grid` maps every grid
+onto the 8 x 8 tokens that the source knows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ GRID = 8  # tokens of a side that the source was trained on
 HEAD_WIDTHS = {16: 0.25, 64: 0.375}  # the 64-px head needs 8 channels at full resolution to let the noise through
 FREE_BLOCKS = 2  # first and last layers that are trained; those between stay the source's
 # (tokens of a side, pictures in a batch, share of the steps)
-GRIDS = {16: ((8, 32, 0.56), (16, 8, 0.28), (32, 2, 0.16)), 64: ((8, 8, 0.62), (16, 2, 0.28), (32, 1, 0.10))}
+GRIDS = {
+    16: ((8, 32, 0.54), (16, 8, 0.28), (32, 2, 0.14), (64, 1, 0.04)),
+    64: ((8, 8, 0.60), (16, 2, 0.26), (32, 1, 0.08), (64, 1, 0.06)),
+}
+NATIVE, CROPS = 64, 4  # at this grid the head sees so many crops of GRID x GRID tokens
 FINE_SIGMA = 0.75  # grids finer than twice the source's see noise up to here
 
 
@@ -123,8 +128,19 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
         sigma = draw_sigma(batch, 1.0 if tokens <= 2 * GRID else FINE_SIGMA, order).to(device)
         noise = torch.randn(x0.shape, generator=order).to(device)
         with autocast(device):
-            raw = model(flow.add_noise(x0, noise, sigma), 1 - sigma, [features[text] for text in texts])
-        return F.mse_loss(raw.float(), flow.target(x0, noise))
+            x, target, caps = flow.add_noise(x0, noise, sigma), flow.target(x0, noise), [features[t] for t in texts]
+            if tokens < NATIVE:
+                raw = model(x, 1 - sigma, caps)
+            else:
+                with torch.no_grad():
+                    tokens_out = model.features(x, 1 - sigma, caps)
+                corners = torch.randint(tokens - GRID + 1, (CROPS, 2), generator=order).tolist()
+                x, target, tokens_out = (
+                    torch.cat([v[:, :, u * r : u * (r + GRID), u * c : u * (c + GRID)] for r, c in corners])
+                    for v, u in ((x, patch_size), (target, patch_size), (tokens_out, 1))
+                )
+                raw = model.local_decoder(x, tokens_out)
+        return F.mse_loss(raw.float(), target)
 
     def matrices(name: str, p: Tensor) -> bool:
         return p.ndim == 2 and ("layers." in name or "refiner." in name) and "adaLN" not in name
@@ -135,7 +151,7 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
     pipeline = L2PPipeline(
         transformer=model.to("cpu", torch.bfloat16), text_encoder=source.text_encoder.to("cpu", torch.bfloat16),
         tokenizer=source.tokenizer, scheduler=make_scheduler(), default_steps=16, default_guidance_scale=1.5,
-        coarse_size=2 * GRID, coarse_strength=0.6,
+        coarse_size=GRID, coarse_strength=0.6,
     )  # fmt: skip
     with atomic_path(result) as temporary:
         pipeline.save_pretrained(temporary)
