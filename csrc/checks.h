@@ -35,7 +35,7 @@ inline void* current_cuda_stream(int32_t device_index) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "this build of PyTorch has no CUDA, yet a CUDA kernel of l2p_fast was called");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream) == 0, "no current CUDA stream");
   return stream;
 }
 
