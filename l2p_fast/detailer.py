@@ -172,23 +172,26 @@ class DetailerHead(nn.Module):
     ) -> tuple[int, int] | None:
         """How a picture is run: (number of banded levels, rows of a band at full resolution), or None for whole.
 
-        By budget, what fits runs whole; else as many levels are banded as the table says, more where the inner ones
-        would not fit, and a quarter of the budget sets the rows, for bands that stay near the processor are the faster.
+        By budget, what fits runs whole; else as many levels are banded as the table says, or more, until the inner ones
+        fit too. If nothing fits, the least demanding way is taken.
         """
         batch, _, height, width = pixels.shape
-        budget = (AUTO_MEMORY_MB if memory_mb is None else memory_mb) * 2**20
-        banded = self.table_banded
-        if band_rows is None:
-            if self._bytes(0, batch * height * width, dtype) <= budget:
+        if band_rows is not None:
+            step = 2**self.table_banded
+            banded, rows = self.table_banded, -(-band_rows // step) * step
+        else:
+            budget = int((AUTO_MEMORY_MB if memory_mb is None else memory_mb) * 2**20)
+            if self._whole_bytes(0, batch, height, width, dtype) <= budget:
                 return None
-            inner = [self._bytes(k, batch * height * width >> 2 * k, dtype) for k in range(len(self.levels))]
-            while banded < len(self.levels) - 1 and inner[banded] > budget:
-                banded += 1
-            row_bytes = self._bytes(0, width, dtype, last=banded)
-            halo = _halo(banded)
-            band_rows = max(int(budget / 4 / row_bytes) - 2 * halo, 2 * halo)
-        step = 2**banded
-        rows = -(-band_rows // step) * step
+            least = None
+            for depth in range(self.table_banded, len(self.levels)):
+                depth_rows = self._rows_within(depth, width, dtype, budget)
+                inner = self._whole_bytes(depth, batch, height >> depth, width >> depth, dtype)
+                needed = max(inner, self._band_bytes(depth, depth_rows, width, dtype))
+                if least is None or needed < least:
+                    least, banded, rows = needed, depth, depth_rows
+                if needed <= budget:
+                    break
         return (banded, rows) if rows < height else None
 
     def forward_reference(self, pixels: Tensor, features: Tensor) -> Tensor:
@@ -302,15 +305,38 @@ class DetailerHead(nn.Module):
                 result[i : i + 1, :, start:stop] = out
         return result
 
-    def _bytes(self, first: int, area: int, dtype: torch.dtype, last: int | None = None) -> int:
-        """Peak bytes of levels ``first`` to ``last``, ``area`` pixels at the first; with gradients, what they keep."""
-        levels = self.levels[first:last]
-        item = torch.finfo(dtype).bits // 8
-        if torch.is_grad_enabled():  # convolution inputs and pre-activations stay
-            return item * sum((area >> 2 * k) * (3 * x.enc + 3 * x.up + 2 * x.dec) for k, x in enumerate(levels))
-        skips = sum((area >> 2 * k) * level.enc for k, level in enumerate(levels))
-        outer = levels[0]
-        return item * (skips + area * (outer.up + max(2 * outer.up, outer.up + outer.enc + outer.dec)))
+    def _rows_within(self, banded: int, width: int, dtype: torch.dtype, budget: int) -> int:
+        """Rows of a band: a quarter of the budget, since bands that stay near the processor are the faster; up to twice
+        the halo where the budget allows, and never less than the halo, else most work is done several times."""
+        step = 2**banded
+        halo = -(-_halo(banded) // step) * step
+        fixed = self._band_bytes(banded, 0, width, dtype)  # what the halo takes
+        per_step = self._band_bytes(banded, step, width, dtype) - fixed
+        small, large = ((limit - fixed) // per_step * step for limit in (budget // 4, budget))
+        return max(halo, small, min(large, 2 * halo))
+
+    def _whole_bytes(self, first: int, batch: int, height: int, width: int, dtype: torch.dtype) -> int:
+        """Peak bytes of the levels from ``first`` on, run whole, at height x width of the first."""
+        areas = [batch * (height >> k) * (width >> k) for k in range(len(self.levels) - first)]
+        return self._peak(self.levels[first:], areas, areas, dtype)
+
+    def _band_bytes(self, banded: int, rows: int, width: int, dtype: torch.dtype) -> int:
+        """Peak bytes of decoding a band of ``rows`` rows, far from the picture's edges."""
+        start = 2**20
+        decoded, encoded = _decoder_rows(Rows(start, start + rows, 2 * start + rows), banded)
+        areas = [
+            [(r.stop - r.start) * (width >> k) for k, r in enumerate(held[:banded])] for held in (encoded, decoded)
+        ]
+        return self._peak(self.levels[:banded], *areas, dtype)
+
+    @staticmethod
+    def _peak(levels: list[Level], encoded: list[int], decoded: list[int], dtype: torch.dtype) -> int:
+        """Bytes held at once by levels of the given areas; with gradients, all that is kept for the backward pass."""
+        skips = sum(area * level.enc for area, level in zip(encoded, levels, strict=True))
+        work = [area * (2 * level.up + level.enc + level.dec) for area, level in zip(decoded, levels, strict=True)]
+        if torch.is_grad_enabled():  # the pre-activations too
+            return dtype.itemsize * (3 * skips + 2 * sum(work))
+        return dtype.itemsize * (skips + max(work))
 
 
 def _silu(x: Tensor) -> Tensor:

@@ -76,17 +76,25 @@ def test_banded_equals_whole(patch, rows):
     assert (banded - whole).abs().max() <= 1e-6 * whole.abs().max()  # edges of bands too
 
 
-@pytest.mark.parametrize("patch,deepest", [(16, 3), (64, 5)])
+@pytest.mark.parametrize("patch,banded,rows", [(16, 3, 24), (64, 1, 50), (64, 5, 96), (160, 5, 32)])
 @torch.no_grad()
-def test_smaller_budgets_band_more_levels(patch, deepest):
+def test_any_number_of_levels_can_be_banded(patch, banded, rows):
     head, pixels, features = head_and_inputs(patch)
     whole = head(pixels, features, band_rows=WHOLE)
-    depths = []
-    for budget in (100.0, 3.0, 1.0, 0.1):
-        plan = head.plan(pixels, torch.float32, memory_mb=budget)
-        depths.append(0 if plan is None else plan[0])
-        assert error(head(pixels, features, memory_mb=budget), whole) <= 1e-6
-    assert depths[0] == 0 and depths == sorted(depths) and depths[-1] == deepest
+    head.plan = lambda *args: (banded, rows)
+    assert error(head(pixels, features), whole) <= 1e-6
+
+
+@torch.no_grad()
+def test_smaller_budgets_take_less():
+    head, pixels = DetailerHead(64, 24), torch.empty(1, 3, 4096, 4096, device="meta")
+    assert head.plan(pixels, torch.bfloat16, memory_mb=4000) is None
+    plans = [head.plan(pixels, torch.bfloat16, memory_mb=mb) for mb in (1000, 400, 256, 100, 1)]
+    depths = [banded for banded, _ in plans]
+    assert depths == sorted(depths) and depths[0] == 3 and depths[-1] == 5
+    for (banded, rows), mb in zip(plans, (1000, 400, 256), strict=False):
+        assert head._band_bytes(banded, rows, 4096, torch.bfloat16) <= mb * 2**20
+        assert rows % 2**banded == 0
 
 
 def test_plan_at_published_sizes():
