@@ -53,15 +53,6 @@ def inputs(height, width, lengths, seed=0):
     return torch.randn(batch, 3, height, width), torch.rand(batch), [torch.randn(n, 24) for n in lengths]
 
 
-def features_of(model, *args, **kwargs):
-    """What the body hands to the head."""
-    seen = []
-    hook = model.local_decoder.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
-    model(*args, **kwargs)
-    hook.remove()
-    return seen[0]
-
-
 # --- Agreement -------------------------------------------------------------------------------------------------------
 def golden(patch):
     folder = GOLDENS / f"patch{patch}"
@@ -270,8 +261,8 @@ def test_rope_grid_makes_a_finer_grid_behave_like_the_trained_one():
     apart = {}
     for grid in (8, None):
         model = tiny(rope_grid=grid, n_layers=4)
-        coarse = features_of(model, pixels, t, caps).repeat_interleave(2, 2).repeat_interleave(2, 3)
-        apart[grid] = error(features_of(model, fine, t, caps), coarse)
+        coarse = model.features(pixels, t, caps).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        apart[grid] = error(model.features(fine, t, caps), coarse)
     assert apart[8] < 0.1 and apart[8] < 0.5 * apart[None]
 
 
