@@ -1,4 +1,4 @@
-"""``python -m l2p_fast.tiny ldm | corpus | transfer | score``: make and measure the bundled models, stage by stage."""
+"""``python -m l2p_fast.tiny ldm | corpus | transfer | score | sheet``: make and measure the bundled models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--sides-64", type=int, nargs="*", default=[512, 1024], help="px of the patch-64 model's pictures"
     )
-    for stage in (ldm, corpus, transfer, score):
+    sheet = stages.add_parser("sheet", help="a contact sheet of 16 prompts by the bundled model")
+    sheet.add_argument("--out", type=Path, default=Path("contact-sheet.png"))
+    sheet.add_argument("--res", type=int, default=512, help="px of a side of each picture (default 512)")
+    for stage in (ldm, corpus, transfer, score, sheet):
         stage.add_argument(
             "--folder", type=Path, default=Path("runs/tiny"), help="where all is kept (default runs/tiny)"
         )
@@ -53,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"no device {args.device!r}; use cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device here; use --device cpu")
-    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.stage != "sheet":
+        args.folder.mkdir(parents=True, exist_ok=True)
     if args.stage == "ldm":
         from . import ldm
 
@@ -66,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         from . import transfer
 
         transfer.run(args.folder, device, args.patch_size, args.minutes)
+    elif args.stage == "sheet":
+        from . import score
+
+        score.bundled_sheet(args.out, device, args.res)
     else:
         from . import score
 

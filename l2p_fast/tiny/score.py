@@ -13,13 +13,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..files import atomic_path
-from ..pipeline import L2PPipeline
+from ..pipeline import L2PPipeline, load_pipeline
+from ..sample import find_model
 from .corpus import load_source, sample_source
 from .ldm import SIDE
 from .scorer import matches, read
 from .world import TASKS, Prompt, draw, draw_scene, evaluation_prompts
 
 BATCH = 24
+SHEET_PROMPTS = (
+    "a red star above two blue circles", "a blue circle", "three green triangles", "a yellow ring",
+    "a black square left of a red ring", "two purple stars", "a green circle and a black triangle",
+    "four yellow circles", "a purple square", "a yellow star right of a blue square", "two red squares",
+    "a blue ring below a green star", "a black star", "three red circles", "a purple triangle above a yellow square",
+    "a green ring and a red triangle",
+)  # fmt: skip
 Draw = Callable[[list[str], list[int]], list[Image.Image]]
 
 
@@ -58,6 +66,16 @@ def measure(name: str, prompts: list[Prompt], pictures: Draw, batch: int = BATCH
     tasks = {t: [r for r, p in zip(right, prompts, strict=True) if p.task == t] for t in TASKS}
     scores = {task: round(float(np.mean(values)), 3) for task, values in tasks.items() if values}
     return scores | {"overall": round(float(np.mean(list(scores.values()))), 3), "prompts": len(prompts)}, images
+
+
+def bundled_sheet(out: Path, device: torch.device, side: int) -> None:
+    """Draw `SHEET_PROMPTS` with the bundled model for ``side`` px and its defaults, seeds 1 to 16."""
+    pipeline = load_pipeline(find_model(None, side).path).to(device)
+    pictures = from_pipeline(pipeline, side)
+    with tqdm(SHEET_PROMPTS, desc="sheet", disable=not sys.stderr.isatty()) as prompts:
+        images = [pictures([text], [seed])[0] for seed, text in enumerate(prompts, start=1)]
+    with atomic_path(out) as temporary:
+        contact_sheet(images, 8, side=160).save(temporary)
 
 
 def run(folder: Path, device: torch.device, per_task: int, sides: dict[int, list[int]]) -> dict:
