@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import atomic_path
 from .ldm import BATCH, SIDE, random_pictures
 
-STEPS, GUIDANCE = 16, 2.5
+STEPS, GUIDANCE = 16, 2.0
 
 
 def load_source(folder: Path, device: torch.device) -> ZImagePipeline:
