@@ -1,14 +1,13 @@
 """Reading every layout of an L2P checkpoint: names, dtypes, quantization, shards, folders, LoRAs, memory."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from goldens import GOLDENS
 from safetensors.torch import load_file, save_file
 
 from l2p_fast import checkpoint as ckpt
@@ -19,7 +18,6 @@ TINY = {
     "dim": 64, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 48,
     "axes_dims": (8, 12, 12), "head_width": 0.125,
 }  # fmt: skip
-GOLDENS = Path(os.environ.get("L2P_GOLDENS", Path(__file__).parents[1].parent / "shared" / "goldens"))
 
 
 def tiny(patch=16, seed=0, **config):

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZImageTransformer2DModel
+from goldens import GOLDENS
 from safetensors.torch import load_file
 
 from l2p_fast import flow
@@ -16,7 +15,6 @@ from l2p_fast.dit import rope_tables
 from l2p_fast.errors import UserError
 from l2p_fast.model import L2PTransformer2DModel
 
-GOLDENS = Path(os.environ.get("L2P_GOLDENS") or Path(__file__).resolve().parents[2] / "shared" / "goldens")
 MANIFESTS = GOLDENS.parent / "manifests"
 SAME = 5e-6  # equal but for fp32 rounding, which may differ with a tensor's place in memory
 BODY = dict(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from goldens import GOLDENS
 from tiny_pipeline import FEATURES, save_tiny, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
 from l2p_fast import flow
@@ -17,7 +16,6 @@ from l2p_fast.errors import UserError
 from l2p_fast.pipeline import L2PPipeline, draw_noise, image_to_pixels, load_pipeline, make_scheduler, set_schedule
 from l2p_fast.text import encode_prompts, tokenize
 
-GOLDENS = Path(os.environ.get("L2P_GOLDENS", Path(__file__).parents[2] / "shared" / "goldens"))
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 3, "guidance_scale": 2.5}
 
 
