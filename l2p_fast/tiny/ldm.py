@@ -28,9 +28,8 @@ from .world import COLORS, COUNTS, RELATIONS, SHAPES, draw, draw_prompt, draw_sc
 
 SIDE = 256
 BATCH = 48
-# Pictures are mostly paper, so latents of unit variance hold things many deviations tall: what is where is decided near
-# pure noise. Training and sampling spend their steps there.
-SIGMA_LOGIT, SIGMA_SPREAD, SHIFT = 1.5, 1.1, 8.0
+# Noise levels of training (logit-normal) and sampling (shift).
+SIGMA_LOGIT, SIGMA_SPREAD, SHIFT = 0.6, 1.2, 3.0
 # Counting and relations are learnt last, so they are shown most.
 TASK_SHARES = {
     "single_object": 0.07, "two_object": 0.14, "counting": 0.20, "colors": 0.07,
