@@ -124,3 +124,10 @@ def test_transfer_starts_from_the_source_and_the_smaller_patch():
 def test_wrong_order_and_wrong_values(tmp_path, argv, says):
     with pytest.raises(UserError, match=says):
         command.main([*argv, "--folder", str(tmp_path)])
+
+
+def test_training_pictures_follow_their_seed():
+    from l2p_fast.tiny.ldm import random_pictures
+
+    first, again, other = (next(random_pictures(*seed))[:2] for seed in ((4, 7), (4, 7), (4, 8)))
+    assert first == again and first != other

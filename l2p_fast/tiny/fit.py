@@ -62,7 +62,8 @@ def fit(
     """Train until ``minutes`` are used (earlier runs counted in) or ``max_steps`` made; ends with average weights.
 
     The rate warms up over 100 steps and falls to zero as a cosine of the time used. The state in
-    ``folder/state.pt`` is written every ``save_every`` seconds, so a stopped run goes on from there.
+    ``folder/state.pt`` is written every ``save_every`` seconds, so a stopped run goes on from there. ``loss_of(step)``
+    draws what it needs from a generator seeded by ``step``: no random state is kept.
     """
     average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     path, step, used = folder / "state.pt", 0, 0.0

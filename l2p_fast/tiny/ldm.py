@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def random_pictures(seed: int):
+def random_pictures(*seed: int):
     """Endless (prompt, scene, generator) in the shares of `TASK_SHARES`."""
     rng = np.random.default_rng(seed)
     tasks, shares = list(TASK_SHARES), list(TASK_SHARES.values())
@@ -110,16 +110,17 @@ def text_features(encoder: Qwen3Model, ids: list[Tensor]) -> list[Tensor]:
 def train_vae(folder: Path, device: torch.device, minutes: float) -> None:
     """Train the autoencoder on 128-px crops around things (it has no attention, so crops are as good as pictures)."""
     torch.manual_seed(0)
-    vae, pictures = build_vae().to(device), random_pictures(0)
+    vae = build_vae().to(device)
 
-    def crop() -> Tensor:
+    def crop(pictures) -> Tensor:
         _, scene, rng = next(pictures)
         thing = scene[int(rng.integers(len(scene)))]
         corner = [int(np.clip((c + rng.normal() * 0.12) * SIDE - 64, 0, SIDE - 128)) for c in (thing.y, thing.x)]
         return torch.from_numpy(draw(scene, SIDE, SIDE, (*corner, 128, 128)))
 
     def loss_of(step: int) -> Tensor:
-        x = torch.stack([crop() for _ in range(16)]).to(device)
+        pictures = random_pictures(0, step)
+        x = torch.stack([crop(pictures) for _ in range(16)]).to(device)
         with autocast(device):
             posterior = vae.encode(x).latent_dist
             latent = posterior.mean + torch.exp(0.5 * posterior.logvar) * torch.randn_like(posterior.mean)
@@ -165,9 +166,10 @@ def train_transformer(folder: Path, device: torch.device, minutes: float) -> Non
     latents = load_file(folder / "latents.safetensors")["latents"]
     prompts = (folder / "prompts.txt").read_text().splitlines()
     ids = {text: torch.tensor(tokenize(tokenizer, text)) for text in {"", *prompts}}
-    order = torch.Generator().manual_seed(0)
+    order = torch.Generator()
 
     def loss_of(step: int) -> Tensor:
+        order.manual_seed(step)  # not only at the start: a resumed run must not see the same again
         pick = torch.randint(len(prompts), (BATCH,), generator=order)
         x0 = latents[pick].float().to(device)
         texts = ["" if torch.rand((), generator=order) < 0.1 else prompts[i] for i in pick.tolist()]

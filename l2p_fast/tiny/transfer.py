@@ -102,7 +102,7 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
     features = dict(zip(features, encode_prompts(encoder, source.tokenizer, list(features)), strict=True))
     model = initial_model(source.transformer.float(), patch_size, coarser).to(device)
 
-    order, scenes = torch.Generator().manual_seed(0), random_pictures(4)
+    order = torch.Generator()
     grids = GRIDS[patch_size]
     shares = torch.tensor([share for _, _, share in grids])
 
@@ -113,14 +113,16 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
             picture = picture.resize((side, side), Image.BOX if side < picture.width else Image.BICUBIC)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1, rows[index]["prompt"]
 
-    def from_renderer(side: int) -> tuple[Tensor, str]:
+    def from_renderer(side: int, scenes) -> tuple[Tensor, str]:
         prompt, scene, _ = next(scenes)
         return torch.from_numpy(draw(scene, side, side)), prompt.text
 
     def loss_of(step: int) -> Tensor:
+        order.manual_seed(step)  # not only at the start: a resumed run must not see the same again
         tokens, batch, _ = grids[int(torch.multinomial(shares, 1, generator=order))]
         side = tokens * patch_size
-        pictures = [(from_corpus if side <= 512 and tokens <= 2 * GRID else from_renderer)(side) for _ in range(batch)]
+        known, scenes = side <= 512 and tokens <= 2 * GRID, random_pictures(4, step)
+        pictures = [from_corpus(side) if known else from_renderer(side, scenes) for _ in range(batch)]
         x0 = torch.stack([picture for picture, _ in pictures]).to(device)
         texts = ["" if torch.rand((), generator=order) < 0.1 else text for _, text in pictures]
         for text in set(texts) - features.keys():
