@@ -100,7 +100,7 @@ def draw_prompt(rng: np.random.Generator, task: str) -> Prompt:
     if task == "color_attr":
         return Prompt((Group(1, shapes[0], colors[0]), Group(1, shapes[1], colors[1])), task=task)
     if task == "free":
-        counts = ((1, 1), (1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))[int(rng.integers(7))]
+        counts = ((1, 1), (1, 1), (1, 2), (2, 1), (2, 2))[int(rng.integers(5))]
         if rng.random() < 0.2:
             return Prompt((Group(int(rng.integers(1, 5)), shapes[0], colors[0]),))
         groups = (Group(counts[0], shapes[0], colors[0]), Group(counts[1], shapes[1], colors[1]))
@@ -116,49 +116,60 @@ def evaluation_prompts(per_task: int = 40) -> list[Prompt]:
 
 # ---- scenes --------------------------------------------------------------------------------------------------------
 
-_SIZES = {1: (0.17, 0.28), 2: (0.14, 0.21), 3: (0.115, 0.16), 4: (0.10, 0.14)}
+# Half sizes in units of half a cell: a single thing has the page to itself, others share it cell by cell.
+_SIZES = {1: (0.38, 0.54), 2: (0.62, 0.82)}
 
 
-def relation_holds(relation: str, first: np.ndarray, second: np.ndarray) -> bool:
+def relation_holds(relation: str, first: np.ndarray, second: np.ndarray, clearness: float = 1.0) -> bool:
     """Whether points ``first`` (n, 2) stand in ``relation`` to ``second`` (m, 2), (x, y) with y down.
 
-    True when every first point is on the named side of every second one and that axis separates the centres most.
+    True when every first point is on the named side of every second one and that axis separates the centres most,
+    by ``clearness`` times what the other one does.
     """
     dx, dy = second.mean(0) - first.mean(0)
     axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
     gap = (sign * second[:, axis]).min() - (sign * first[:, axis]).max()
-    return bool(gap > 0 and abs((dx, dy)[axis]) > abs((dx, dy)[1 - axis]))
+    return bool(gap > 0 and abs((dx, dy)[axis]) > clearness * abs((dx, dy)[1 - axis]))
 
 
 def draw_scene(rng: np.random.Generator, prompt: Prompt, height: int = 1, width: int = 1) -> list[Thing]:
-    """A random scene that shows ``prompt`` on a canvas of aspect ``height`` : ``width``, nothing overlapping."""
-    box = np.array([width, height]) / max(height, width)
-    total = sum(group.count for group in prompt.groups)
-    shrink = 0.5 + 0.5 * float(box.min())  # a narrow canvas has less room
-    while True:
-        low, high = (shrink * s for s in _SIZES[min(total, 4)])
-        base = rng.uniform(low, high)
-        kinds, sizes, owner = [], [], []
-        for index, group in enumerate(prompt.groups):
-            color = group.color or str(rng.choice(list(COLORS)))
-            for _ in range(group.count):
-                kinds.append((group.shape, color))
-                sizes.append(float(np.clip(base * rng.uniform(0.88, 1.12), low, high)))
-                owner.append(index)
-        size, owner = np.array(sizes), np.array(owner)
-        for _ in range(100):
-            margin = size[:, None] + 0.02
-            points = rng.uniform(np.minimum(margin, box / 2), np.maximum(box - margin, box / 2))
-            apart = np.abs(points[:, None] - points[None]).max(-1) - size[:, None] - size[None]
-            if total > 1 and apart[~np.eye(total, dtype=bool)].min() < 0.025:
-                continue
-            if prompt.relation and not relation_holds(prompt.relation, points[owner == 0], points[owner == 1]):
+    """A random scene that shows ``prompt`` on a canvas of aspect ``height`` : ``width``, nothing overlapping.
+
+    Every thing moves about in a cell of its own, one of 2 x 2 (a single thing has the whole page, many have 3 x 3).
+    """
+    kinds, owner = [], []
+    for index, group in enumerate(prompt.groups):
+        color = group.color or str(rng.choice(list(COLORS)))
+        kinds += [(group.shape, color)] * group.count
+        owner += [index] * group.count
+    total, owner = len(kinds), np.array(owner)
+    for side in range(2 if total > 1 else 1, total + 2):
+        if side**2 < total:
+            continue
+        half = np.array([width, height]) / max(height, width) / side / 2
+        for _ in range(200):
+            cells = rng.permutation(side**2)[:total]
+            size = rng.uniform(*_SIZES[min(total, 2)], total) * half.min()
+            play = half - size[:, None] - 0.05 * half.min()
+            points = (2 * np.stack([cells % side, cells // side], 1) + 1) * half + rng.uniform(-play, play)
+            first, second = points[owner == 0], points[owner == 1]
+            if prompt.relation and not relation_holds(prompt.relation, first, second, clearness=1.3):
                 continue
             return [
-                Thing(*kind, x=float(x), y=float(y), size=s)
-                for kind, (x, y), s in zip(kinds, points, sizes, strict=True)
+                Thing(*kind, x=float(x), y=float(y), size=float(s))
+                for kind, (x, y), s in zip(kinds, points, size, strict=True)
             ]
-        shrink *= 0.93
+    raise ValueError(f"found no scene for {prompt.text!r}")
+
+
+def labels(scene: list[Thing], grid: int) -> np.ndarray:
+    """What is where: (grid * grid,) uint8, row by row: 0 for paper, else 1 + the number of the thing's shape and color."""
+    centre = (np.arange(grid) + 0.5) / grid
+    found = np.zeros((grid, grid), np.uint8)
+    for thing in scene:
+        rows, cols = (np.abs(centre - c) < thing.size for c in (thing.y, thing.x))
+        found[np.ix_(rows, cols)] = 1 + SHAPES.index(thing.shape) * len(COLORS) + list(COLORS).index(thing.color)
+    return found.ravel()
 
 
 # ---- drawing -------------------------------------------------------------------------------------------------------
