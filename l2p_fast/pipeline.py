@@ -218,11 +218,11 @@ class L2PPipeline(DiffusionPipeline):
         """Height and width in pixels of the coarse start of a ``height`` x ``width`` picture; None: it has none.
 
         The longer side gets ``coarse_size`` tokens (the pipeline's own by default; 0: no coarse start), the shorter one
-        follows the aspect. A picture of at most twice that many tokens needs no coarse start.
+        follows the aspect. A picture of no more tokens than that needs no coarse start.
         """
         tokens = self.config.coarse_size if coarse_size is None else coarse_size
         longer = max(height, width)
-        if not tokens or longer <= 2 * tokens * self.patch_size:
+        if not tokens or longer <= tokens * self.patch_size:
             return None
         unit, scale = self.size_multiple, tokens * self.patch_size / longer
         coarse = [max(unit, round(side * scale / unit) * unit) for side in (height, width)]

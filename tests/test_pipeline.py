@@ -211,7 +211,7 @@ def test_image_size_is_the_nearest_valid_one(pipe):
 
 def test_coarse_start():
     pipe = tiny_pipeline(coarse_size=2, coarse_strength=0.8)
-    assert pipe.coarse_resolution(64, 64) is None  # at most twice the coarse grid
+    assert pipe.coarse_resolution(32, 32) is None  # no more than the coarse grid
     assert pipe.coarse_resolution(80, 160) == (16, 32)
     assert pipe.coarse_resolution(80, 160, 0) is None
     seen = []

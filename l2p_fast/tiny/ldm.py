@@ -193,7 +193,9 @@ def train_transformer(folder: Path, device: torch.device, minutes: float) -> Non
             raw = model["transformer"](list(x.unsqueeze(2)), 1 - sigma, features, patch_size=2, return_dict=False)[0]
             said = model["probe"](seen.pop()[:, : TOKENS**2])  # picture tokens come before text tokens
         velocity_loss = F.mse_loss(torch.stack(list(raw)).squeeze(2).float(), x0 - noise)
-        return velocity_loss + PROBE_WEIGHT * F.cross_entropy(said.float().flatten(0, 1), known[pick].flatten().long().to(device))
+        return velocity_loss + PROBE_WEIGHT * F.cross_entropy(
+            said.float().flatten(0, 1), known[pick].flatten().long().to(device)
+        )
 
     def matrices(name: str, p: Tensor) -> bool:
         return p.ndim == 2 and "layers." in name and "adaLN" not in name or "refiner." in name and p.ndim == 2

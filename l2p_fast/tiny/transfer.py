@@ -1,10 +1,9 @@
 """L2P transfer in small: the source's blocks move over, patch embedding and Detailer Head are new, pixels are the data.
 
 As published: everything is trained but the middle blocks, the objective is the source's own. Most pictures are the
-source's (256 px). Finer token grids than it can fill are shown the renderer's pictures instead, as the paper takes
-real pictures at 4K, and at lower noise: there the layout is known and detail is what is left to learn. At the native
-64 x 64 tokens only the head is trained, on crops, behind a transformer without gradients. `rope_grid` maps every grid
-onto the 8 x 8 tokens that the source knows.
+source's, on the 8 x 8 tokens that it knows; `rope_grid` maps every other grid onto them. Finer grids only finish what
+a coarse start has laid out (`L2PPipeline`), so they see the renderer's pictures, as the paper takes real ones at 4K,
+low noise, and the blur of a coarse start. At the native 64 x 64 tokens only the head is trained, on crops.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..files import atomic_path
 from ..model import L2PTransformer2DModel
 from ..pipeline import L2PPipeline, make_scheduler
 from ..text import encode_prompts
-from .corpus import load_source
+from .corpus import GUIDANCE, load_source
 from .fit import Optimizer, fit
 from .ldm import autocast, random_pictures
 from .world import draw
@@ -32,13 +31,15 @@ from .world import draw
 GRID = 8  # tokens of a side that the source was trained on
 HEAD_WIDTHS = {16: 0.25, 64: 0.375}  # the 64-px head needs 8 channels at full resolution to let the noise through
 FREE_BLOCKS = 2  # first and last layers that are trained; those between stay the source's
+# The more pixels in a patch, the longer noise hides the layout: the schedules of sampling and of training.
+SHIFTS = {16: 6.0, 64: 16.0}
 # (tokens of a side, pictures in a batch, share of the steps)
 GRIDS = {
-    16: ((8, 32, 0.54), (16, 8, 0.28), (32, 2, 0.14), (64, 1, 0.04)),
-    64: ((8, 8, 0.60), (16, 2, 0.26), (32, 1, 0.08), (64, 1, 0.06)),
+    16: ((8, 32, 0.82), (16, 6, 0.06), (32, 2, 0.07), (64, 1, 0.05)),
+    64: ((8, 6, 0.78), (16, 2, 0.10), (32, 1, 0.06), (64, 1, 0.06)),
 }
 NATIVE, CROPS = 64, 4  # at this grid the head sees so many crops of GRID x GRID tokens
-FINE_SIGMA = 0.75  # grids finer than twice the source's see noise up to here
+COARSE_STRENGTH = 0.8  # noise level at which a coarse start hands over to a finer grid
 
 
 def initial_model(
@@ -73,11 +74,10 @@ def initial_model(
     return model
 
 
-def draw_sigma(batch: int, highest: float, generator: torch.Generator) -> Tensor:
-    """(B,) noise levels up to ``highest``: half from the shift-3 grid that sampling uses, half uniform."""
-    uniform = torch.rand(batch, generator=generator)
-    shifted = 3 * uniform / (1 + 2 * uniform)
-    return torch.where(torch.rand(batch, generator=generator) < 0.5, shifted, uniform) * highest
+def coarse_error(x0: Tensor, patch_size: int) -> Tensor:
+    """What a coarse start gets wrong at best: ``x0`` (B, 3, H, W) shrunk to `GRID` tokens and enlarged, less ``x0``."""
+    small = F.interpolate(x0, [GRID * patch_size] * 2, mode="area")
+    return F.interpolate(small, x0.shape[-2:], mode="bicubic") - x0
 
 
 def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> None:
@@ -121,14 +121,21 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
         order.manual_seed(step)  # not only at the start: a resumed run must not see the same again
         tokens, batch, _ = grids[int(torch.multinomial(shares, 1, generator=order))]
         side = tokens * patch_size
-        known, scenes = side <= 512 and tokens <= 2 * GRID, random_pictures(4, step)
+        known, scenes = tokens == GRID, random_pictures(4, step)
         pictures = [from_corpus(side) if known else from_renderer(side, scenes) for _ in range(batch)]
         x0 = torch.stack([picture for picture, _ in pictures]).to(device)
         texts = ["" if torch.rand((), generator=order) < 0.1 else text for _, text in pictures]
         for text in set(texts) - features.keys():
             features[text] = encode_prompts(encoder, source.tokenizer, [text])[0]
-        sigma = draw_sigma(batch, 1.0 if tokens <= 2 * GRID else FINE_SIGMA, order).to(device)
+        uniform = torch.rand(batch, generator=order).to(device)
         noise = torch.randn(x0.shape, generator=order).to(device)
+        if tokens == GRID:
+            sigma = SHIFTS[patch_size] * uniform / (1 + (SHIFTS[patch_size] - 1) * uniform)
+        else:
+            # A run that starts from the coarse picture c at sigma s is a flow whose noise is noise + (1 - s) / s (c - x0).
+            sigma = COARSE_STRENGTH * uniform
+            blur = (1 / COARSE_STRENGTH - 1) * 2 * torch.rand(batch, 1, 1, 1, generator=order).to(device)
+            noise += blur * coarse_error(x0, patch_size)
         with autocast(device):
             x, target, caps = flow.add_noise(x0, noise, sigma), flow.target(x0, noise), [features[t] for t in texts]
             if tokens < NATIVE:
@@ -152,8 +159,8 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
     fit(f"L2P patch {patch_size}", model, optimizer, loss_of, folder=folder / f"transfer-{patch_size}", minutes=minutes)
     pipeline = L2PPipeline(
         transformer=model.to("cpu", torch.bfloat16), text_encoder=source.text_encoder.to("cpu", torch.bfloat16),
-        tokenizer=source.tokenizer, scheduler=make_scheduler(), default_steps=16, default_guidance_scale=1.5,
-        coarse_size=GRID, coarse_strength=0.6,
+        tokenizer=source.tokenizer, scheduler=make_scheduler(SHIFTS[patch_size]), default_steps=16,
+        default_guidance_scale=GUIDANCE, coarse_size=GRID, coarse_strength=COARSE_STRENGTH,
     )  # fmt: skip
     with atomic_path(result) as temporary:
         pipeline.save_pretrained(temporary)
