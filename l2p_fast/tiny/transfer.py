@@ -132,7 +132,7 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
         if tokens == GRID:
             sigma = SHIFTS[patch_size] * uniform / (1 + (SHIFTS[patch_size] - 1) * uniform)
         else:
-            # A run that starts from the coarse picture c at sigma s is a flow whose noise is noise + (1 - s) / s (c - x0).
+            # A run that goes on from the coarse picture c at sigma s is a flow with noise + (1 - s) / s (c - x0).
             sigma = COARSE_STRENGTH * uniform
             blur = (1 / COARSE_STRENGTH - 1) * 2 * torch.rand(batch, 1, 1, 1, generator=order).to(device)
             noise += blur * coarse_error(x0, patch_size)

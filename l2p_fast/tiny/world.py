@@ -163,7 +163,7 @@ def draw_scene(rng: np.random.Generator, prompt: Prompt, height: int = 1, width:
 
 
 def labels(scene: list[Thing], grid: int) -> np.ndarray:
-    """What is where: (grid * grid,) uint8, row by row: 0 for paper, else 1 + the number of the thing's shape and color."""
+    """What is where: (grid * grid,) uint8, row by row; 0 for paper, else 1 + the number of a shape and color."""
     centre = (np.arange(grid) + 0.5) / grid
     found = np.zeros((grid, grid), np.uint8)
     for thing in scene:
