@@ -10,6 +10,7 @@ Source: Z-Image (arXiv 2511.22699); its public form is diffusers' ``ZImageTransf
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,28 +105,49 @@ def rope_tables(positions: Tensor, axes_dims: tuple[int, ...], theta: float) -> 
     return angles.cos(), angles.sin()
 
 
+class Keys(NamedTuple):
+    """Which keys attention sees, and how strongly.
+
+    Attributes:
+        lengths: row i of the batch has ``lengths[i]`` tokens, the longest has N; None: all have N.
+        bias: (1, 1, 1, N) fp32 on the logits; None: none.
+    """
+
+    lengths: tuple[int, ...] | None = None
+    bias: Tensor | None = None
+
+
 class AttnProcessor:
-    """Self-attention over (B, N, D) through diffusers' attention dispatcher."""
+    """Self-attention over (B, N, D) through diffusers' attention dispatcher.
+
+    Rows of different lengths are attended one by one, each over its own tokens: nothing is computed for padding, the
+    result does not depend on the neighbours, and no backend needs a mask (the fastest ones take none).
+    """
 
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: Attention, x: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, attn: Attention, x: Tensor, rope: Rope, keys: Keys = Keys()) -> Tensor:
         query, key, value = (linear(x).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
         if attn.norm_q is not None:
             query, key = attn.norm_q(query, rope=rope), attn.norm_k(key, rope=rope)
         else:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(value.dtype)
-        out = dispatch_attention_fn(
-            query.to(value.dtype),
-            key.to(value.dtype),
-            value,
-            attn_mask=mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        query, key = query.to(value.dtype), key.to(value.dtype)
+
+        def attend(row: slice, length: int) -> Tensor:
+            return dispatch_attention_fn(
+                *(part[row, :length] for part in (query, key, value)),
+                attn_mask=None if keys.bias is None else keys.bias[..., :length].to(value.dtype),
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+
+        if keys.lengths is None:
+            out = attend(slice(None), x.shape[1])
+        else:
+            rows = [attend(slice(i, i + 1), length)[0] for i, length in enumerate(keys.lengths)]
+            out = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return attn.to_out[0](out.flatten(2, 3).to(value.dtype))
 
 
@@ -147,9 +169,9 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.norm_k = RMSNorm(dim // heads, eps) if qk_norm else None
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D). ``mask`` (B or 1, 1, 1, N): which keys are seen, or a bias on their logits."""
-        return self.processor(self, x, rope, mask)
+    def forward(self, x: Tensor, rope: Rope, keys: Keys = Keys()) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return self.processor(self, x, rope, keys)
 
 
 class FeedForward(nn.Module):
@@ -185,14 +207,14 @@ class TransformerBlock(nn.Module):
         self,
         x: Tensor,
         rope: Rope,
-        mask: Tensor | None = None,
+        keys: Keys = Keys(),
         temb: Tensor | None = None,
         modulation: Tensor | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D).
 
         Args:
-            mask: (B or 1, 1, 1, N), see `Attention`.
+            keys: what attention sees.
             temb: (B or 1, A) timestep embedding, for a modulated block.
             modulation: (B or 1, 4 D) ``adaLN_modulation(temb)`` computed beforehand, instead of ``temb``.
         """
@@ -201,7 +223,7 @@ class TransformerBlock(nn.Module):
             if modulation is None:
                 modulation = self.adaLN_modulation(temb)
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.unsqueeze(1).chunk(4, dim=-1)
-        y = self.attention(self.attention_norm1(x, scale=scale_msa), rope, mask)
+        y = self.attention(self.attention_norm1(x, scale=scale_msa), rope, keys)
         x = self.attention_norm2(y, residual=x, gate=gate_msa)
         y = self.feed_forward(self.ffn_norm1(x, scale=scale_mlp))
         return self.ffn_norm2(y, residual=x, gate=gate_mlp)

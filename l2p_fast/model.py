@@ -4,7 +4,7 @@ B batch, D model width, E head width, P patch, h x w token grid, L text tokens, 
 
 A sample's sequence is its image tokens, then its text tokens, each filled up to a multiple of 32 with a learned token
 that is attended like any other. All samples of a batch share the image grid, so only texts differ in length: what makes
-a batch of them rectangular stands at the end and is masked, and when nothing stands there, there is no mask at all.
+a batch of them rectangular stands at the end and is never attended (`Keys`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .detailer import LEVELS, DetailerHead, size_multiple
-from .dit import ADALN_DIM, SEQUENCE_MULTIPLE, Rope, TextEmbedder, TimestepEmbedder, TransformerBlock, rope_tables
+from .dit import ADALN_DIM, SEQUENCE_MULTIPLE, Keys, Rope, TextEmbedder, TimestepEmbedder, TransformerBlock, rope_tables
 from .errors import UserError
 from .ops import patchify
 
@@ -34,7 +34,7 @@ class Conditioning:
         text: (B, L, D) refined text tokens.
         rope_image: RoPE of the image tokens.
         rope_joint: RoPE of image and text tokens.
-        mask: (B or 1, 1, 1, N) keys to attend (bool) or bias on their logits (fp32); None when all are attended alike.
+        keys: what attention sees of image and text tokens.
         size: (height, width) in pixels.
         modulations: for each modulated block (steps, 4 D); None where the timesteps were not given.
     """
@@ -42,7 +42,7 @@ class Conditioning:
     text: Tensor
     rope_image: Rope
     rope_joint: Rope
-    mask: Tensor | None
+    keys: Keys
     size: tuple[int, int]
     modulations: list[Tensor] | None = None
 
@@ -219,10 +219,10 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         x = self._embed_image(pixels)
         refiners = len(self.noise_refiner)
         for block, modulation in zip(self.noise_refiner, modulations[:refiners], strict=True):
-            x = self._run(block, x, cond.rope_image, None, temb, modulation)
+            x = self._run(block, x, cond.rope_image, Keys(), temb, modulation)
         x = torch.cat([x, cond.text.to(x.dtype)], dim=1)
         for block, modulation in zip(self.layers, modulations[refiners:], strict=True):
-            x = self._run(block, x, cond.rope_joint, cond.mask, temb, modulation)
+            x = self._run(block, x, cond.rope_joint, cond.keys, temb, modulation)
         return x[:, : math.prod(grid)].unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last as it stands
 
     def prepare(
@@ -244,7 +244,6 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         lengths = [len(c) for c in cap_feats]
         padded = [_round_up(n) for n in lengths]
         longest = max(padded)
-        batch = len(lengths)
 
         tokens = self.cap_embedder(torch.cat([c.to(device, self.x_pad_token.dtype) for c in cap_feats]))
         pad = self.cap_pad_token.to(tokens.dtype)
@@ -260,24 +259,25 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
             self._rope(p, device) for p in (text_positions[None], image_positions, joint_positions)
         )
 
-        attended = None
-        if len(set(padded)) > 1:
-            attended = torch.arange(longest) < torch.tensor(padded)[:, None]
-        text_mask = None if attended is None else attended[:, None, None].to(device)
+        ragged = len(set(padded)) > 1
         for block in self.context_refiner:
-            text = self._run(block, text, rope_text, text_mask)
+            text = self._run(block, text, rope_text, Keys(tuple(padded) if ragged else None))
         modulations = None
         if timesteps is not None:
             if timesteps.ndim != 1:
                 raise UserError(f"timesteps must be (steps,), got {tuple(timesteps.shape)}")
             temb = self._embed_time(timesteps.to(device))
             modulations = [block.adaLN_modulation(temb) for block in self.modulated_blocks]
-        mask = self._joint_mask(attended, batch, longest, image_positions.shape[1], grid)
+        image_length = image_positions.shape[1]
+        keys = Keys(
+            lengths=tuple(image_length + n for n in padded) if ragged else None,
+            bias=self._key_bias(image_length, longest, grid, device),
+        )
         return Conditioning(
             text=text,
             rope_image=rope_image,
             rope_joint=rope_joint,
-            mask=None if mask is None else mask.to(device),
+            keys=keys,
             size=(height, width),
             modulations=modulations,
         )
@@ -318,24 +318,13 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         cos, sin = rope_tables(positions, self.config.axes_dims, self.config.rope_theta)
         return cos.to(device), sin.to(device)
 
-    def _joint_mask(
-        self, attended: Tensor | None, batch: int, text_length: int, image_length: int, grid: tuple[int, int]
-    ) -> Tensor | None:
-        """(B or 1, 1, 1, N) for the joint blocks: None, bool for ragged texts, fp32 where ``rope_grid`` weighs keys."""
-        bias = 0.0
-        if self.config.rope_grid is not None:
-            bias = math.log(self.config.rope_grid**2 / math.prod(grid))
-        if attended is None and bias == 0.0:
+    def _key_bias(self, image_length: int, text_length: int, grid: tuple[int, int], device) -> Tensor | None:
+        """(1, 1, 1, N) for the joint blocks: where ``rope_grid`` is set, image keys weigh as much as on that grid."""
+        if self.config.rope_grid is None or self.config.rope_grid**2 == math.prod(grid):
             return None
-        if attended is not None:
-            attended = torch.cat([torch.ones(batch, image_length, dtype=torch.bool), attended], dim=1)
-        if bias == 0.0:
-            return attended[:, None, None]
-        mask = torch.zeros(1 if attended is None else batch, image_length + text_length)
-        mask[:, :image_length] = bias
-        if attended is not None:
-            mask = mask.masked_fill(~attended, -math.inf)
-        return mask[:, None, None]
+        bias = torch.zeros(1, 1, 1, image_length + text_length)
+        bias[..., :image_length] = math.log(self.config.rope_grid**2 / math.prod(grid))
+        return bias.to(device)
 
     def _check_size(self, height: int, width: int) -> None:
         step = self.size_multiple

@@ -209,13 +209,12 @@ def test_a_sample_does_not_depend_on_its_neighbours(rope_grid):
 
 
 @torch.no_grad()
-def test_masks_only_where_needed():
+def test_lengths_only_where_needed():
     model = tiny()
     features = [torch.zeros(n, 24) for n in (3, 32, 33)]
-    assert model.prepare(features[:2], 80, 112).mask is None  # both fill 32 tokens
+    assert model.prepare(features[:2], 80, 112).keys == (None, None)  # both fill 32 tokens
     cond = model.prepare(features, 80, 112)
-    assert cond.mask.dtype == torch.bool and cond.mask.shape == (3, 1, 1, 64 + 64)
-    assert cond.mask.sum(-1).flatten().tolist() == [96, 96, 128]
+    assert cond.keys == ((96, 96, 128), None)
     assert cond.text.shape == (3, 64, 64)
 
 
