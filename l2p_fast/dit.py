@@ -117,6 +117,9 @@ class Keys(NamedTuple):
     bias: Tensor | None = None
 
 
+ALL_KEYS = Keys()
+
+
 class AttnProcessor:
     """Self-attention over (B, N, D) through diffusers' attention dispatcher.
 
@@ -127,7 +130,7 @@ class AttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: Attention, x: Tensor, rope: Rope, keys: Keys = Keys()) -> Tensor:
+    def __call__(self, attn: Attention, x: Tensor, rope: Rope, keys: Keys = ALL_KEYS) -> Tensor:
         query, key, value = (linear(x).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
         if attn.norm_q is not None:
             query, key = attn.norm_q(query, rope=rope), attn.norm_k(key, rope=rope)
@@ -169,7 +172,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.norm_k = RMSNorm(dim // heads, eps) if qk_norm else None
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, x: Tensor, rope: Rope, keys: Keys = Keys()) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, keys: Keys = ALL_KEYS) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         return self.processor(self, x, rope, keys)
 
@@ -207,7 +210,7 @@ class TransformerBlock(nn.Module):
         self,
         x: Tensor,
         rope: Rope,
-        keys: Keys = Keys(),
+        keys: Keys = ALL_KEYS,
         temb: Tensor | None = None,
         modulation: Tensor | None = None,
     ) -> Tensor:

@@ -11,9 +11,9 @@ import importlib.util
 import platform
 from collections.abc import Iterator
 
-from . import __version__
+from . import __version__, attention
 from .errors import run_cli
-from .sample import ATTENTION, BUNDLED, WEIGHTS
+from .sample import BUNDLED, WEIGHTS
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "pillow")
 # Package -> what it adds and how to get it.
@@ -67,14 +67,6 @@ def extension_lines() -> Iterator[str]:
     yield f"this processor: {' '.join(built['cpu_capabilities']) or 'no known extensions'}"
 
 
-def attention_lines() -> Iterator[str]:
-    for name, need in ATTENTION.items():
-        if need is None or importlib.util.find_spec(need[0]) is not None:
-            yield f"{name}: available"
-        else:
-            yield f"{name}: missing; {need[1]}"
-
-
 def weight_lines() -> Iterator[str]:
     for name in BUNDLED:
         yield f"{name}: {'bundled' if (WEIGHTS / name / 'model_index.json').exists() else 'not in this installation'}"
@@ -90,7 +82,7 @@ def report() -> Iterator[str]:
         ),
         "devices": device_lines(),
         "extension": extension_lines(),
-        "attention backends (--attention NAME; _native_cudnn and other packages need a GPU)": attention_lines(),
+        "attention backends (--attention NAME; _native_cudnn and other packages need a GPU)": attention.lines(),
         "models": weight_lines(),
     }
     for title, lines in sections.items():

@@ -21,7 +21,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .detailer import LEVELS, DetailerHead, size_multiple
-from .dit import ADALN_DIM, SEQUENCE_MULTIPLE, Keys, Rope, TextEmbedder, TimestepEmbedder, TransformerBlock, rope_tables
+from .dit import (
+    ADALN_DIM,
+    ALL_KEYS,
+    SEQUENCE_MULTIPLE,
+    Keys,
+    Rope,
+    TextEmbedder,
+    TimestepEmbedder,
+    TransformerBlock,
+    rope_tables,
+)
 from .errors import UserError
 from .ops import patchify
 
@@ -219,7 +229,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         x = self._embed_image(pixels)
         refiners = len(self.noise_refiner)
         for block, modulation in zip(self.noise_refiner, modulations[:refiners], strict=True):
-            x = self._run(block, x, cond.rope_image, Keys(), temb, modulation)
+            x = self._run(block, x, cond.rope_image, ALL_KEYS, temb, modulation)
         x = torch.cat([x, cond.text.to(x.dtype)], dim=1)
         for block, modulation in zip(self.layers, modulations[refiners:], strict=True):
             x = self._run(block, x, cond.rope_joint, cond.keys, temb, modulation)

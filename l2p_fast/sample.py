@@ -8,10 +8,8 @@ and its file holds what repeats it (``--from-image``). Left out: serving, and ba
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -20,12 +18,11 @@ import re
 import struct
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, attention
 from .errors import UserError, run_cli
 from .files import atomic_path
 
@@ -45,27 +42,6 @@ SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 LARGEST_SIDE = {"webp": 16383, "jpg": 65535}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"} | {
     name: name for name in ("auto", "bfloat16", "float32", "float16")
-}
-# diffusers' attention backends: what a name needs and how to get it.
-_KERNELS = ("kernels", "pip install kernels")
-_FLASH = ("flash_attn", "pip install flash-attn --no-build-isolation")
-_SAGE = ("sageattention", "pip install sageattention")
-ATTENTION: dict[str, tuple[str, str] | None] = {
-    "auto": None,
-    "native": None,
-    "_native_flash": None,
-    "_native_efficient": None,
-    "_native_math": None,
-    "_native_cudnn": None,
-    "flex": None,
-    "flash": _FLASH,
-    "flash_hub": _KERNELS,
-    "flash_4_hub": _KERNELS,
-    "_flash_3": ("flash_attn_interface", "build FlashAttention-3 from source, or take --attention _flash_3_hub"),
-    "_flash_3_hub": _KERNELS,
-    "sage": _SAGE,
-    "sage_hub": _KERNELS,
-    "xformers": ("xformers", "pip install xformers"),
 }
 # What a picture remembers and --from-image gives back, with the type it must have.
 REMEMBERED: dict[str, type | tuple[type, ...]] = {
@@ -199,10 +175,8 @@ def check_words(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", args.device):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N, mps or xpu, got {args.device!r}; try auto")
     args.quantize = choose("--quantize", args.quantize or "none", ("none", "fp8", "int8"))
-    args.attention = choose("--attention", args.attention or "auto", ATTENTION)
-    needed = ATTENTION[args.attention]
-    if needed is not None and importlib.util.find_spec(needed[0]) is None:
-        raise UserError(f"--attention {args.attention} needs the package {needed[0]}: {needed[1]}")
+    args.attention = choose("--attention", args.attention or "auto", attention.BACKENDS)
+    attention.check(args.attention, biased=False)
     args.offload = choose("--offload", args.offload or "none", ("none", "model", "sequential"))
     if args.offload != "none" and args.device == "cpu":
         raise UserError(f"--offload {args.offload} needs a GPU; leave it out with --device cpu")
@@ -498,18 +472,19 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype | None, str
     return None, ""
 
 
-@contextlib.contextmanager
-def attention(name: str) -> Iterator[str]:
-    """Run with an attention backend; yields the effective one, as words. It is process-wide, so it is put back."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
+def pick_attention(args: argparse.Namespace, pipe: L2PPipeline) -> str:
+    """Settle ``args.attention`` for the model and the size of the pictures, and say why, as words for the header."""
+    import torch
 
-    active = _AttentionBackendRegistry.get_active_backend()[0].value if name == "auto" else name
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(attention_backend(active))
-        except (RuntimeError, ValueError, ImportError) as error:
-            raise UserError(f"--attention {active}: {error}") from error
-        yield f"{active} (torch's scaled_dot_product_attention)" if active == "native" else active
+    config, patch = pipe.transformer.config, pipe.patch_size
+    biased = config.rope_grid is not None
+    if args.attention != "auto":
+        attention.check(args.attention, biased)
+        return args.attention
+    tokens = (args.height // patch) * (args.width // patch) + attention.TEXT_TOKENS
+    shape = 1, tokens, config.n_heads, config.dim // config.n_heads
+    args.attention, why = attention.fastest(shape, pipe.transformer.dtype, torch.device(args.device), biased)
+    return f"{args.attention} ({why})"
 
 
 def load(args: argparse.Namespace, model: ModelFacts) -> L2PPipeline:
@@ -711,8 +686,8 @@ def main(argv: list[str] | None = None) -> int:
     args.steps = pipe.default_steps if args.steps is None else args.steps
     args.guidance = pipe.default_guidance_scale if args.guidance is None else args.guidance
     args.shift = pipe.scheduler.config.shift if args.shift is None else args.shift
-    with attention(args.attention) as effective:
-        print(f"attention  {effective}", flush=True)
+    print(f"attention  {pick_attention(args, pipe)}", flush=True)
+    with attention.use(args.attention):
         for job in jobs:
             draw(pipe, args, model, job)
     print(f"peak memory {peak_memory(args.device)}")

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from l2p_fast import __version__, info, ops
-from l2p_fast.sample import ATTENTION
+from l2p_fast.attention import BACKENDS
 
 
 def said(**environment: str) -> str:
@@ -28,7 +28,7 @@ def test_names_versions_extension_and_backends():
     assert ops.extension_status() in text
     for architecture in ops.build_info().get("cuda_architectures", []):
         assert architecture in text
-    for name in ATTENTION:
+    for name in BACKENDS:
         assert f"  {name}: " in text
 
 
