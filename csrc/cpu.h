@@ -14,9 +14,12 @@
 
 #include "element.h"
 
-// One build runs on every x86-64 processor: the loader picks the widest clone the processor has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define L2P_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// One build runs on every x86-64 processor: the loader picks the widest clone the processor has. Levels and features, not
+// models ("arch=haswell"): those match one maker's one generation.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && __GNUC__ >= 12
+#define L2P_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define L2P_CLONES __attribute__((target_clones("avx2", "default")))
 #else
 #define L2P_CLONES
 #endif

@@ -371,14 +371,14 @@ void rope(const NormShape& s, const NormData& d, void* stream) {
 }
 
 // As many lanes as a row has chunks: heads of 128 bfloat16 values take half a warp.
-template <typename T, int N, bool kWide>
+template <typename T, int N>
 void rope_by_width(const NormShape& s, const NormData& d, void* stream) {
   if (s.width <= 8 * N) {
-    rope<T, N, kWide, 8>(s, d, stream);
+    rope<T, N, true, 8>(s, d, stream);
   } else if (s.width <= 16 * N) {
-    rope<T, N, kWide, 16>(s, d, stream);
+    rope<T, N, true, 16>(s, d, stream);
   } else {
-    rope<T, N, kWide, 32>(s, d, stream);
+    rope<T, N, true, kWarp>(s, d, stream);
   }
 }
 
@@ -390,7 +390,7 @@ const char* norm_forward_cuda(const NormShape& s, const NormData& d, Element ele
     constexpr int kWidest = 16 / sizeof(T);
     const bool wide = chunks_are_aligned(s, d, sizeof(T));
     if (d.cos != nullptr) {
-      wide ? rope_by_width<T, kWidest, true>(s, d, stream) : rope_by_width<T, 2, false>(s, d, stream);
+      wide ? rope_by_width<T, kWidest>(s, d, stream) : rope<T, 2, false, kWarp>(s, d, stream);
     } else {
       wide ? forward_block<T, kWidest, true>(s, d, stream) : forward_block<T, 1, false>(s, d, stream);
     }
@@ -404,7 +404,7 @@ const char* norm_backward_cuda(const NormShape& s, const NormData& d, Element el
     constexpr int kWidest = 16 / sizeof(T);
     const bool wide = chunks_are_aligned(s, d, sizeof(T));
     if (d.cos != nullptr) {
-      wide ? rope_by_width<T, kWidest, true>(s, d, stream) : rope_by_width<T, 2, false>(s, d, stream);
+      wide ? rope_by_width<T, kWidest>(s, d, stream) : rope<T, 2, false, kWarp>(s, d, stream);
     } else {
       wide ? backward_block<T, kWidest, true>(s, d, stream) : backward_block<T, 1, false>(s, d, stream);
     }
