@@ -1,5 +1,5 @@
-// Why: what every CPU kernel shares: element types, loads and stores that the compiler can vectorize, one build for every
-// processor. Included only by *_cpu.cpp files.
+// Why: what every CPU kernel shares: element types, loads and stores that the compiler can vectorize, one build for
+// every processor. Included only by *_cpu.cpp files.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -14,8 +14,8 @@
 
 #include "element.h"
 
-// One build runs on every x86-64 processor: the loader picks the widest clone the processor has. Levels and features, not
-// models ("arch=haswell"): those match one maker's one generation.
+// One build runs on every x86-64 processor: the loader picks the widest clone the processor has. Levels and features,
+// not models ("arch=haswell"): those match one maker's one generation.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && __GNUC__ >= 12
 #define L2P_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)

@@ -1,11 +1,11 @@
 // Why: the index arithmetic of the transformer's norm steps, written once for the CPU and the CUDA kernels, so that the
 // tests on a CPU check both.
 //
-// A *row* is what one norm runs over: the D values of one token (block norms) or the E = D / H values of one of its heads
-// (query and key norms). Rows are numbered over (B, N, H), H fastest, with H = 1 for the block norms. The rows of a
-// *group* follow each other and share one row of scale or gate. A *slab* is some consecutive rows of one group: what one
-// thread (CPU) or one block (CUDA) takes, and what one row of partial sums of the backward comes from. Slabs depend on
-// sizes alone and their sums are added up in order, so gradients depend neither on threads nor on the device's load.
+// A *row* is what one norm runs over: the D values of one token (block norms) or the E = D / H values of one of its
+// heads (query and key norms). Rows are numbered over (B, N, H), H fastest, with H = 1 for the block norms. The rows of
+// a *group* follow each other and share one row of scale or gate. A *slab* is some consecutive rows of one group: what
+// one thread (CPU) or one block (CUDA) takes, and what one row of partial sums of the backward comes from. Slabs depend
+// on sizes alone and their sums are added up in order, so gradients depend neither on threads nor on the device's load.
 #pragma once
 
 #include <cstdint>

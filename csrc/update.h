@@ -1,6 +1,6 @@
-// Why: the arithmetic of the sampler's update and of the final picture, written once for the CPU and the CUDA kernel, so
-// that the tests on a CPU check both. Each operation is rounded on its own, never fused into a multiply-add: a
-// seed means the same picture with kernels and without.
+// Why: the arithmetic of the sampler's update and of the final picture, written once for the CPU and the CUDA kernel,
+// so that the tests on a CPU check both. Each operation is rounded on its own, never fused into a multiply-add: a seed
+// means the same picture with kernels and without.
 #pragma once
 
 #include <cstdint>
@@ -64,7 +64,8 @@ L2P_HOST_DEVICE inline float guided(float raw, float negative, float guidance) {
 // raw is x0 - eps, the negative of the velocity.
 L2P_HOST_DEVICE inline float stepped(float x, float raw, float dt) { return added(x, multiplied(dt, -raw)); }
 
-// [-1, 1] to [0, 255], ties to even; what lies outside is clamped. Adding 2^23 rounds and leaves the result in the lowest byte.
+// [-1, 1] to [0, 255], ties to even; what lies outside is clamped. Adding 2^23 rounds and leaves the result in the
+// lowest byte.
 L2P_HOST_DEVICE inline uint8_t to_byte(float value) {
   float scaled = added(multiplied(value, 127.5f), 127.5f);
   scaled = scaled < 0.0f ? 0.0f : scaled;
