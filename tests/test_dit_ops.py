@@ -185,7 +185,7 @@ def test_gradients_of_strided_results():
     for name, (fused, reference, args) in {**block_inputs((2, 6, 32)), **head_inputs((2, 6, 3, 16))}.items():
         for reduce in (
             lambda y: y.sum(),
-            lambda y: (y.transpose(0, 1) * normal(6, *y.shape[2:-1], y.shape[-1], 1)).sum(),
+            lambda y: (y.transpose(0, 1).contiguous() * normal(6, 2, *y.shape[2:], seed=7, grad=False)).sum(),
         ):
             leaves = [a for a in args if isinstance(a, torch.Tensor)]
             got = torch.autograd.grad(reduce(fused(*args)), leaves)

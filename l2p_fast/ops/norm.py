@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x[2i], x[2i + 1]) of x (B, N, H, E) by its angle, in fp32; ``x``'s dtype comes back."""
+    """Turn each pair (x[2i], x[2i + 1]) of x (B, N, H, E) by its angle, in fp32 (fp64 for fp64), to ``x``'s dtype."""
     cos, sin = rope
     real, imaginary = x.to(_wide(x)).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
