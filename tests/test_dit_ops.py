@@ -17,9 +17,9 @@ EPS = 1e-5
 # fp32 rounding of sums in another order; float16 and bfloat16 are held against fp32 instead
 EXACT = {torch.float32: dict(rtol=2e-5, atol=2e-6), torch.float64: dict(rtol=1e-12, atol=1e-13)}
 # (B, N, D): the smallest, odd sizes, a size with whole vectors, more than one slab of rows
-BLOCKS = ((1, 1, 1), (2, 5, 70), (3, 4, 128), (1, 3, 33), (2, 40, 6000))
-# (B, N, H, E)
-HEADS = ((1, 1, 1, 2), (2, 5, 3, 34), (1, 7, 2, 128), (2, 3, 1, 6))
+BLOCKS = ((1, 1, 1), (2, 5, 70), (3, 4, 128), (1, 3, 33), (2, 45, 6000))
+# (B, N, H, E), the third with a slab that begins within a token
+HEADS = ((1, 1, 1, 2), (2, 5, 3, 34), (1, 280, 7, 128), (2, 3, 1, 6))
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, grad: bool = True) -> torch.Tensor:
@@ -316,10 +316,10 @@ def test_the_ops_themselves_never_read_past_their_inputs():
 
 
 def test_works_without_the_extension():
-    """The same tests on the plain form: of values, gradients, shapes and schemas."""
+    """The same tests on the plain form: of values, gradients and shapes."""
     if os.environ.get("L2P_EXTENSION") == "0":
         pytest.skip("this run is without it")
-    names = "equals_reference or shared or gradcheck or opcheck or empty"
+    names = "equals_reference or shared or gradcheck or empty"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names],
         capture_output=True,
