@@ -31,6 +31,19 @@ inline Element element_of(ScalarType type, const char* what) {
   return Element::f32;  // not reached
 }
 
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+inline void check_like(const Tensor& x, const Tensor& other, const char* what) {
+  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), what, " must have the dtype of x");
+  STD_TORCH_CHECK(other.is_cpu() == x.is_cpu() && other.get_device_index() == x.get_device_index(), what,
+                  " must be on the device of x");
+}
+
+inline void check_shape(const Tensor& x, const Tensor& other, const char* what) {
+  STD_TORCH_CHECK(other.dim() == x.dim(), what, " must have the shape of x");
+  for (int64_t i = 0; i < x.dim(); ++i) STD_TORCH_CHECK(other.size(i) == x.size(i), what, " must have the shape of x");
+}
+
 inline void* current_cuda_stream(int32_t device_index) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "this build of PyTorch has no CUDA, yet a CUDA kernel of l2p_fast was called");

@@ -2,55 +2,17 @@
 // (patchify.h); dense three-channel runs of float32 and bfloat16 take a loop that the compiler turns into vector
 // shuffles, everything else goes element by element.
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "cpu.h"
 #include "patchify.h"
-
-// One build runs on every x86-64 processor: the loader picks the widest clone the processor has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define L2P_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define L2P_CLONES
-#endif
 
 namespace l2p {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
-// bfloat16 as its bits, so that the compiler sees only integer arithmetic in the vector loops.
-struct Bits16 {
-  uint16_t bits;
-};
-
-inline float load(float value) { return value; }
-inline float load(Bits16 value) {
-  const uint32_t wide = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &wide, sizeof result);
-  return result;
-}
-
-inline void store(float& to, float value) { to = value; }
-inline void store(Bits16& to, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
 template <typename Pixel, typename Token>
-__attribute__((always_inline)) inline void dense_run(Direction direction, Pixel* pixels, int64_t channel_stride,
-                                                     Token* tokens, int64_t patch) {
+L2P_INLINE void dense_run(Direction direction, Pixel* pixels, int64_t channel_stride, Token* tokens, int64_t patch) {
   Pixel* __restrict red = pixels;
   Pixel* __restrict green = pixels + channel_stride;
   Pixel* __restrict blue = pixels + 2 * channel_stride;
@@ -71,8 +33,8 @@ __attribute__((always_inline)) inline void dense_run(Direction direction, Pixel*
 }
 
 template <typename Pixel, typename Token>
-__attribute__((always_inline)) inline void dense_runs(Direction direction, const PatchLayout& s, void* pixels,
-                                                      void* tokens, int64_t begin, int64_t end) {
+L2P_INLINE void dense_runs(Direction direction, const PatchLayout& s, void* pixels, void* tokens, int64_t begin,
+                           int64_t end) {
   const int64_t columns = s.width / s.patch, bytes = s.patch * 3 * static_cast<int64_t>(sizeof(Token));
   for (int64_t index = begin; index < end;) {
     const Run first = run_at(s, index);
@@ -111,15 +73,6 @@ DenseRuns dense_runs_for(Element pixel_type, Element token_type) {
   return wide_pixels ? (wide_tokens ? f32_f32 : f32_bf16) : (wide_tokens ? bf16_f32 : bf16_bf16);
 }
 
-template <typename To, typename From>
-To convert(From value) {
-  if constexpr (std::is_same_v<To, double> || std::is_same_v<From, double>) {
-    return static_cast<To>(static_cast<double>(value));
-  } else {
-    return static_cast<To>(static_cast<float>(value));
-  }
-}
-
 template <typename Pixel, typename Token>
 void any_runs(Direction direction, const PatchLayout& s, Pixel* pixels, Token* tokens, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
@@ -129,34 +82,13 @@ void any_runs(Direction direction, const PatchLayout& s, Pixel* pixels, Token* t
         Pixel& pixel = pixels[pixel_offset(s, run, x, c)];
         Token& token = tokens[token_offset(s, run, x, c)];
         if (direction == Direction::to_tokens) {
-          token = convert<Token>(pixel);
+          store(token, load(pixel));
         } else {
-          pixel = convert<Pixel>(token);
+          store(pixel, load(token));
         }
       }
     }
   }
-}
-
-// Calls body(T*) with the pointer's element type.
-template <typename Body>
-void with_type(Element element, void* data, const Body& body) {
-  switch (element) {
-    case Element::f32: return body(static_cast<float*>(data));
-    case Element::f64: return body(static_cast<double*>(data));
-    case Element::f16: return body(static_cast<Half*>(data));
-    case Element::bf16: return body(static_cast<BFloat16*>(data));
-  }
-}
-
-// A large result is fresh memory: in 4 KB pages, the first touch of each costs more than filling it.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
-#endif
 }
 
 }  // namespace
@@ -173,9 +105,10 @@ void patchify_cpu(Direction direction, const PatchLayout& s, void* pixels, Eleme
       dense(direction, s, pixels, tokens, begin, end);
       return;
     }
-    with_type(pixel_type, pixels, [&](auto* typed_pixels) {
-      with_type(token_type, tokens, [&](auto* typed_tokens) {
-        any_runs(direction, s, typed_pixels, typed_tokens, begin, end);
+    with_type(pixel_type, [&](auto pixel) {
+      with_type(token_type, [&](auto token) {
+        any_runs(direction, s, static_cast<decltype(pixel)*>(pixels), static_cast<decltype(token)*>(tokens), begin,
+                 end);
       });
     });
   });

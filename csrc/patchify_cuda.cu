@@ -1,12 +1,7 @@
 // Why: patchify and unpatchify in one pass over memory on CUDA. The index arithmetic is patchify.h's, which the CPU tests
 // check. The dense kernel gives each thread 8 pixels of all three channels: 8 contiguous elements from each channel on one side, 24
 // contiguous elements on the other, all moved as 16-byte vectors. Anything else goes element by element.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <type_traits>
-
+#include "cuda.cuh"
 #include "patchify.h"
 
 namespace l2p {
@@ -14,30 +9,6 @@ namespace {
 
 constexpr int kChunk = 8;  // pixels of one thread: 16 bytes of a 2-byte type
 constexpr int kThreads = 256;
-
-template <typename T, int N>
-struct alignas(16) Vector {
-  T values[N];
-};
-
-// Named conversions: PyTorch's build flags take the implicit ones away.
-__device__ float to_float(float value) { return value; }
-__device__ float to_float(double value) { return static_cast<float>(value); }
-__device__ float to_float(__half value) { return __half2float(value); }
-__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-template <typename To, typename From>
-__device__ To convert(From value) {
-  if constexpr (std::is_same_v<To, From>) {
-    return value;
-  } else if constexpr (std::is_same_v<To, __half>) {
-    return __float2half_rn(to_float(value));
-  } else if constexpr (std::is_same_v<To, __nv_bfloat16>) {
-    return __float2bfloat16_rn(to_float(value));
-  } else {
-    return to_float(value);
-  }
-}
 
 template <typename Pixel, typename Token>
 __global__ void __launch_bounds__(kThreads)
@@ -90,10 +61,9 @@ __global__ void __launch_bounds__(kThreads)
 bool vectors_are_aligned(const PatchLayout& s, const void* pixels, Element pixel_type, const void* tokens,
                          Element token_type) {
   const int64_t pixel_bytes = element_bytes(pixel_type), token_bytes = element_bytes(token_type);
-  return reinterpret_cast<uintptr_t>(pixels) % 16 == 0 && reinterpret_cast<uintptr_t>(tokens) % 16 == 0 &&
-         s.pixel_stride[0] * pixel_bytes % 16 == 0 && s.pixel_stride[1] * pixel_bytes % 16 == 0 &&
-         s.pixel_stride[2] * pixel_bytes % 16 == 0 && s.token_stride[0] * token_bytes % 16 == 0 &&
-         s.token_stride[1] * token_bytes % 16 == 0;
+  return is_aligned(pixels) && is_aligned(tokens) && s.pixel_stride[0] * pixel_bytes % 16 == 0 &&
+         s.pixel_stride[1] * pixel_bytes % 16 == 0 && s.pixel_stride[2] * pixel_bytes % 16 == 0 &&
+         s.token_stride[0] * token_bytes % 16 == 0 && s.token_stride[1] * token_bytes % 16 == 0;
 }
 
 template <typename Pixel, typename Token>
@@ -108,17 +78,6 @@ void launch(Direction direction, const PatchLayout& s, Pixel* pixels, Token* tok
   }
 }
 
-// Calls body(T*) with the pointer's element type.
-template <typename Body>
-void with_type(Element element, void* data, const Body& body) {
-  switch (element) {
-    case Element::f32: return body(static_cast<float*>(data));
-    case Element::f64: return body(static_cast<double*>(data));
-    case Element::f16: return body(static_cast<__half*>(data));
-    case Element::bf16: return body(static_cast<__nv_bfloat16*>(data));
-  }
-}
-
 }  // namespace
 
 const char* patchify_cuda(Direction direction, const PatchLayout& s, void* pixels, Element pixel_type, void* tokens,
@@ -126,13 +85,13 @@ const char* patchify_cuda(Direction direction, const PatchLayout& s, void* pixel
   if (run_count(s) == 0 || s.channels == 0) return nullptr;
   const bool dense =
       runs_are_dense(s, kChunk) && vectors_are_aligned(s, pixels, pixel_type, tokens, token_type);
-  with_type(pixel_type, pixels, [&](auto* typed_pixels) {
-    with_type(token_type, tokens, [&](auto* typed_tokens) {
-      launch(direction, s, typed_pixels, typed_tokens, dense, static_cast<cudaStream_t>(stream));
+  with_type(pixel_type, [&](auto pixel) {
+    with_type(token_type, [&](auto token) {
+      launch(direction, s, static_cast<decltype(pixel)*>(pixels), static_cast<decltype(token)*>(tokens), dense,
+             static_cast<cudaStream_t>(stream));
     });
   });
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
 }  // namespace l2p

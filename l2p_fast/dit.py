@@ -2,8 +2,8 @@
 
 B batch, N tokens, D model width, H heads, E = D / H head width, A = min(D, 256) width of the timestep embedding.
 
-The four memory-bound steps of a block (norm and modulate, gated residual, query-key norm with RoPE, SiLU gate) are each
-one function here, so a fused version has one place to go. Left out: what only latent or multi-image models need.
+The four memory-bound steps of a block (norm and modulate, gated residual, query-key norm with RoPE, SiLU gate) are
+fused ops, in `ops.norm` and `ops.silu`. Left out: what only latent or multi-image models need.
 Source: Z-Image (arXiv 2511.22699); its public form is diffusers' ``ZImageTransformer2DModel``.
 """
 
@@ -13,47 +13,14 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from .ops import Rope, apply_rope, gate_norm_residual, norm_modulate, qk_norm_rope, rms_norm, silu_mul
+
 ADALN_DIM = 256  # the timestep embedding is never wider than this
 SEQUENCE_MULTIPLE = 32  # each sequence is filled up to a multiple of this with a learned token
-Rope = tuple[Tensor, Tensor]  # cos and sin, each (B or 1, N, 1, E / 2) fp32
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32, in ``x``'s dtype."""
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
-
-
-def norm_modulate(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """rms_norm(x (B, N, D)) * (1 + scale (B or 1, 1, D))."""
-    return rms_norm(x, weight, eps) * (1 + scale)
-
-
-def gate_norm_residual(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
-    """residual + tanh(gate (B or 1, 1, D)) * rms_norm(x (B, N, D))."""
-    return torch.addcmul(residual, gate.tanh(), rms_norm(x, weight, eps))
-
-
-def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x[2i], x[2i + 1]) of x (B, N, H, E) by its angle, in fp32; ``x``'s dtype comes back."""
-    cos, sin = rope
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
-
-def qk_norm_rope(x: Tensor, weight: Tensor, rope: Rope, eps: float) -> Tensor:
-    """apply_rope(rms_norm(x (B, N, H, E))), for queries or keys."""
-    return apply_rope(rms_norm(x, weight, eps), rope)
-
-
-def silu_mul(x: Tensor, y: Tensor) -> Tensor:
-    """silu(x) * y."""
-    return F.silu(x) * y
 
 
 class RMSNorm(nn.Module):

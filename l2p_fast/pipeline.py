@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from . import flow
+from . import flow, ops
 from .detailer import AUTO_MEMORY_MB
 from .errors import UserError
 from .text import encode_prompts
@@ -123,9 +123,7 @@ def pixels_to_images(pixels: torch.Tensor, output_type: str) -> Any:
     if output_type == "latent":
         return pixels
     if output_type == "pil":
-        # One image at a time and in place: a 10K picture is 1.2 GB in fp32.
-        bytes_ = (image.mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8) for image in pixels)
-        return [PIL.Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in bytes_]
+        return [PIL.Image.fromarray(image) for image in ops.to_uint8(pixels).cpu().numpy()]
     pixels = (pixels / 2 + 0.5).clamp_(0, 1).cpu()
     return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).numpy()
 
@@ -207,6 +205,11 @@ class L2PPipeline(DiffusionPipeline):
     def cfg_batched(self) -> bool | None:
         """Whether the last run took both halves of guidance as one batch to its end; None: it had no guidance."""
         return self._cfg_batched
+
+    @property
+    def _is_euler(self) -> bool:
+        """Whether the scheduler's step is the one that `ops.euler_step` fuses with guidance."""
+        return type(self.scheduler) is FlowMatchEulerDiscreteScheduler and not self.scheduler.config.stochastic_sampling
 
     def encode_prompt(self, prompts: Sequence[str], device: torch.device | None = None) -> list[torch.Tensor]:
         """Features (L_i, C) of each prompt; see `text.encode_prompts`."""
@@ -330,18 +333,27 @@ class L2PPipeline(DiffusionPipeline):
             self._stage = "coarse" if coarse and not done else "full"
             size = f"{pixels.shape[3]}x{pixels.shape[2]}"
             bar.set_description(f"{self._stage} {size}" if coarse else size)
-            predict = _Predictor(self.transformer, *caps, pixels, 1 - sigmas[:-1], guidance, cfg_batch)
+            predict = _Predictor(self.transformer, *caps, pixels, 1 - sigmas[:-1], cfg_batch)
             set_schedule(self.scheduler, steps, shift)  # a scheduler counts its own steps: begin anew
             self.scheduler.set_begin_index(begin)
             for i in range(begin, steps):
                 if self._interrupt:
                     break
                 t = self.scheduler.timesteps[i]
-                pixels = self.scheduler.step(predict(pixels, i), t, pixels, return_dict=False)[0]
+                raw, negative = predict(pixels, i)
+                if self._is_euler:
+                    # a callback may keep the states it is given
+                    step = ops.euler_step_ if callback_on_step_end is None else ops.euler_step
+                    pixels = step(pixels, raw, float(sigmas[i + 1] - sigmas[i]), negative, guidance)
+                else:
+                    v = flow.velocity(raw.float())
+                    if negative is not None:
+                        v = flow.guide(v, flow.velocity(negative.float()), guidance)
+                    pixels = self.scheduler.step(v, t, pixels, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {name: pixels for name in callback_on_step_end_tensor_inputs}
                     returned = callback_on_step_end(self, done + i - begin, t, tensors)
-                    pixels = (returned or {}).get("latents", pixels)
+                    pixels = (returned or {}).get("latents", pixels).float()
                 bar.update()
             self._cfg_batched = predict.cfg_batched
             return pixels
@@ -353,9 +365,10 @@ class L2PPipeline(DiffusionPipeline):
             elif coarse:
                 start = run(draw_noise((batch, 3, *coarse), generator).to(device), 0, 0, bar)
                 start = F.interpolate(start.clamp_(-1, 1), (height, width), mode="bicubic")
+            given = noise is not None  # not ours to write over
             if noise is None:
                 noise = draw_noise((batch, 3, height, width), generator)
-            pixels = noise.to(device, torch.float32)
+            pixels = noise.to(device, torch.float32, copy=given)
             if start is not None:
                 pixels = flow.add_noise(start.to(device), pixels, float(sigmas[first]))
             del start, noise
@@ -423,14 +436,14 @@ class L2PPipeline(DiffusionPipeline):
 
 
 class _Predictor:
-    """The guided velocity of one stage, and how to go on when memory runs out.
+    """The network's predictions of one stage, and how to go on when memory runs out.
 
     Rows are the B positive samples, then the B negative ones. `rows_at_once` of them run as a batch: R, B, or one.
     Out of memory, the head's bands get narrower first (that costs little time), then fewer rows run at once.
     """
 
-    def __init__(self, transformer, caps, negative_caps, pixels: torch.Tensor, timesteps, guidance: float, cfg_batch):
-        self.transformer, self.guidance = transformer, guidance
+    def __init__(self, transformer, caps, negative_caps, pixels: torch.Tensor, timesteps, cfg_batch):
+        self.transformer = transformer
         self.caps = [*caps, *negative_caps]
         self.batch, _, self.height, self.width = pixels.shape
         self.timesteps = timesteps.to(pixels.device)
@@ -445,11 +458,11 @@ class _Predictor:
     def cfg_batched(self) -> bool | None:
         return None if len(self.caps) == self.batch else self.rows_at_once == len(self.caps)
 
-    def __call__(self, pixels: torch.Tensor, step: int) -> torch.Tensor:
-        """Velocity (B, 3, H, W) fp32 at ``step`` of the schedule."""
+    def __call__(self, pixels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Raw outputs (B, 3, H, W) at ``step`` of the schedule: of the prompts, and of the negative ones if any."""
         while True:
             try:
-                return self._velocity(pixels, step)
+                return self._raw(pixels, step)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error) or not self._retreat():
                     raise
@@ -457,7 +470,7 @@ class _Predictor:
             if pixels.is_cuda:
                 torch.cuda.empty_cache()
 
-    def _velocity(self, pixels: torch.Tensor, step: int) -> torch.Tensor:
+    def _raw(self, pixels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         raw = []
         for start in range(0, len(self.caps), self.rows_at_once):
             rows = range(start, min(start + self.rows_at_once, len(self.caps)))
@@ -470,11 +483,10 @@ class _Predictor:
             x = pixels if samples == list(range(self.batch)) else pixels[samples]
             t = self.timesteps[step].expand(len(rows))
             raw.append(self.transformer(x, t, cond=self.conditions[start], step=step))
-        raw = raw[0] if len(raw) == 1 else torch.cat(raw)
-        v = flow.velocity(raw.float())
-        if len(self.caps) == self.batch:
-            return v
-        return flow.guide(v[: self.batch], v[self.batch :], self.guidance)
+        if len(raw) > len(self.caps) // self.batch:  # row by row
+            raw = [torch.cat(raw)]
+        halves = raw[0].split(self.batch) if len(raw) == 1 else raw
+        return halves[0], halves[1] if len(halves) > 1 else None
 
     def _retreat(self) -> bool:
         """Choose a smaller way of running and say so; False: there is none."""

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from goldens import GOLDENS
 from tiny_pipeline import FEATURES, save_tiny, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
@@ -117,6 +118,25 @@ def test_run_equals_the_plain_loop_over_forward(pipe):
         out = pipe(prompts, "blurry", noise=noise, output_type="latent", cfg_batch=batched, **SMALL).images
         assert (out - x).norm() / x.norm() < 1e-5
         assert pipe.cfg_batched is batched
+
+
+@pytest.mark.parametrize("guidance", (1.0, 2.5))
+def test_the_fused_step_is_the_schedulers(pipe, guidance):
+    class Scheduler(FlowMatchEulerDiscreteScheduler):
+        """Not known to be Euler's, so its own step runs."""
+
+    other = L2PPipeline(pipe.transformer, pipe.text_encoder, pipe.tokenizer, Scheduler(shift=3.0))
+    other.set_progress_bar_config(disable=True)
+    kept, noise = [], torch.randn(1, 3, 32, 48, generator=seeded(1))
+    kwargs = SMALL | {"guidance_scale": guidance, "output_type": "latent"}
+    for cfg_batch in (True, False):
+        want = other("a red star", noise=noise, cfg_batch=cfg_batch, **kwargs).images
+        before = noise.clone()
+        assert torch.equal(pipe("a red star", noise=noise, cfg_batch=cfg_batch, **kwargs).images, want)
+        assert torch.equal(noise, before)
+    kwargs |= {"cfg_batch": False, "callback_on_step_end": lambda p, i, t, k: kept.append(k["latents"]) or {}}
+    pipe("a red star", noise=noise, **kwargs)
+    assert torch.equal(kept[-1], want) and not torch.equal(kept[0], kept[1])  # states stay as they were given
 
 
 def test_no_guidance_runs_one_half(pipe, monkeypatch):

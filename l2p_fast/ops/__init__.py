@@ -12,13 +12,42 @@ from pathlib import Path
 
 import torch
 
+from .norm import (
+    Rope,
+    apply_rope,
+    gate_norm_residual,
+    gate_norm_residual_reference,
+    norm_modulate,
+    norm_modulate_reference,
+    qk_norm_rope,
+    qk_norm_rope_reference,
+    rms_norm,
+)
 from .patchify import patchify, patchify_reference, unpatchify, unpatchify_reference
+from .silu import silu_mul, silu_mul_reference
+from .update import euler_step, euler_step_, euler_step_reference, to_uint8, to_uint8_reference
 
 __all__ = [
+    "Rope",
+    "apply_rope",
     "build_info",
+    "euler_step",
+    "euler_step_",
+    "euler_step_reference",
     "extension_status",
+    "gate_norm_residual",
+    "gate_norm_residual_reference",
+    "norm_modulate",
+    "norm_modulate_reference",
     "patchify",
     "patchify_reference",
+    "qk_norm_rope",
+    "qk_norm_rope_reference",
+    "rms_norm",
+    "silu_mul",
+    "silu_mul_reference",
+    "to_uint8",
+    "to_uint8_reference",
     "unpatchify",
     "unpatchify_reference",
 ]
