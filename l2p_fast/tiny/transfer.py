@@ -3,7 +3,7 @@
 As published: everything is trained but the middle blocks, the objective is the source's own. Most pictures are the
 source's, on the 8 x 8 tokens that it knows; `rope_grid` maps every other grid onto them. Finer grids only finish what
 a coarse start has laid out (`L2PPipeline`), so they see the renderer's pictures, as the paper takes real ones at 4K,
-low noise, and the blur of a coarse start. At the native 64 x 64 tokens only the head is trained, on crops.
+low noise, and the blur of a coarse start. On the finest only the head is trained, on crops.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..files import atomic_path
 from ..model import L2PTransformer2DModel
 from ..pipeline import L2PPipeline, make_scheduler
 from ..text import encode_prompts
-from .corpus import GUIDANCE, load_source
+from .corpus import load_source
 from .fit import Optimizer, fit
 from .ldm import autocast, random_pictures
 from .world import draw
@@ -33,12 +33,11 @@ HEAD_WIDTHS = {16: 0.25, 64: 0.375}  # the 64-px head needs 8 channels at full r
 FREE_BLOCKS = 2  # first and last layers that are trained; those between stay the source's
 # The more pixels in a patch, the longer noise hides the layout: the schedules of sampling and of training.
 SHIFTS = {16: 6.0, 64: 16.0}
-# (tokens of a side, pictures in a batch, share of the steps)
+# (tokens of a side, pictures in a batch, crops for the head or 0: train all on whole pictures, share of the steps)
 GRIDS = {
-    16: ((8, 32, 0.82), (16, 6, 0.06), (32, 2, 0.07), (64, 1, 0.05)),
-    64: ((8, 6, 0.78), (16, 2, 0.10), (32, 1, 0.06), (64, 1, 0.06)),
+    16: ((8, 32, 0, 0.82), (16, 6, 0, 0.06), (32, 2, 0, 0.07), (64, 1, 4, 0.05)),
+    64: ((8, 3, 0, 0.82), (16, 1, 0, 0.08), (32, 1, 2, 0.05), (64, 1, 2, 0.05)),
 }
-NATIVE, CROPS = 64, 4  # at this grid the head sees so many crops of GRID x GRID tokens
 COARSE_STRENGTH = 0.8  # noise level at which a coarse start hands over to a finer grid
 
 
@@ -104,7 +103,7 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
 
     order = torch.Generator()
     grids = GRIDS[patch_size]
-    shares = torch.tensor([share for _, _, share in grids])
+    shares = torch.tensor([share for *_, share in grids])
 
     def from_corpus(side: int) -> tuple[Tensor, str]:
         index = int(torch.randint(len(rows), (), generator=order))
@@ -119,7 +118,7 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
 
     def loss_of(step: int) -> Tensor:
         order.manual_seed(step)  # not only at the start: a resumed run must not see the same again
-        tokens, batch, _ = grids[int(torch.multinomial(shares, 1, generator=order))]
+        tokens, batch, crops, _ = grids[int(torch.multinomial(shares, 1, generator=order))]
         side = tokens * patch_size
         known, scenes = tokens == GRID, random_pictures(4, step)
         pictures = [from_corpus(side) if known else from_renderer(side, scenes) for _ in range(batch)]
@@ -138,12 +137,12 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
             noise += blur * coarse_error(x0, patch_size)
         with autocast(device):
             x, target, caps = flow.add_noise(x0, noise, sigma), flow.target(x0, noise), [features[t] for t in texts]
-            if tokens < NATIVE:
+            if not crops:
                 raw = model(x, 1 - sigma, caps)
             else:
                 with torch.no_grad():
                     tokens_out = model.features(x, 1 - sigma, caps)
-                corners = torch.randint(tokens - GRID + 1, (CROPS, 2), generator=order).tolist()
+                corners = torch.randint(tokens - GRID + 1, (crops, 2), generator=order).tolist()
                 x, target, tokens_out = (
                     torch.cat([v[:, :, u * r : u * (r + GRID), u * c : u * (c + GRID)] for r, c in corners])
                     for v, u in ((x, patch_size), (target, patch_size), (tokens_out, 1))
@@ -160,7 +159,7 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
     pipeline = L2PPipeline(
         transformer=model.to("cpu", torch.bfloat16), text_encoder=source.text_encoder.to("cpu", torch.bfloat16),
         tokenizer=source.tokenizer, scheduler=make_scheduler(SHIFTS[patch_size]), default_steps=16,
-        default_guidance_scale=GUIDANCE, coarse_size=GRID, coarse_strength=COARSE_STRENGTH,
+        default_guidance_scale=2.0, coarse_size=GRID, coarse_strength=COARSE_STRENGTH,
     )  # fmt: skip
     with atomic_path(result) as temporary:
         pipeline.save_pretrained(temporary)
