@@ -25,9 +25,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--sides-16", type=int, nargs="*", default=[128, 256], help="px of the patch-16 model's pictures"
     )
-    score.add_argument(
-        "--sides-64", type=int, nargs="*", default=[512, 1024], help="px of the patch-64 model's pictures"
-    )
+    score.add_argument("--sides-64", type=int, nargs="*", default=[512], help="px of the patch-64 model's pictures")
     sheet = stages.add_parser("sheet", help="a contact sheet of 16 prompts by the bundled model")
     sheet.add_argument("--out", type=Path, default=Path("contact-sheet.png"))
     sheet.add_argument("--res", type=int, default=512, help="px of a side of each picture (default 512)")

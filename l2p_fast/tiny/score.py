@@ -81,7 +81,8 @@ def bundled_sheet(out: Path, device: torch.device, side: int) -> None:
 def run(folder: Path, device: torch.device, per_task: int, sides: dict[int, list[int]]) -> dict:
     """Score renderer, source and the L2P models at ``sides`` {patch: [px, ...]}.
 
-    Writes ``score.json``, ``score.md`` and contact sheets.
+    Writes ``score.json``, ``score.md`` and contact sheets. What ``score.json`` has already of as many prompts is kept:
+    remove it after training on.
 
     "retention" is overall / source's overall, as the paper reports it.
     """
@@ -104,20 +105,23 @@ def run(folder: Path, device: torch.device, per_task: int, sides: dict[int, list
             for side in pixels:
                 batch = max(1, BATCH * (8 * patch) ** 2 // side**2)
                 draws[f"L2P patch {patch}, {side} px"] = from_pipeline(pipeline, side), batch
-    table = {}
+    path = folder / "score.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
     for name, (pictures, batch) in draws.items():
-        table[name], images = measure(name, prompts, pictures, batch)
-        sheet = contact_sheet(images[:: max(1, len(images) // 48)][:48], 8)
-        with atomic_path(folder / "sheets" / (name.replace(",", "").replace(" ", "-") + ".png")) as temporary:
-            sheet.save(temporary)
+        if table.get(name, {}).get("prompts") != len(prompts):
+            table[name], images = measure(name, prompts, pictures, batch)
+            sheet = contact_sheet(images[:: max(1, len(images) // 48)][:48], 8)
+            with atomic_path(folder / "sheets" / (name.replace(",", "").replace(" ", "-") + ".png")) as temporary:
+                sheet.save(temporary)
         reference = table.get(f"source (latent) {SIDE} px")
         if reference and name.startswith("L2P"):
             table[name]["retention"] = round(table[name]["overall"] / max(reference["overall"], 1e-9), 3)
         print(name, table[name], flush=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(table, indent=1) + "\n")
     columns = [*TASKS, "overall", "retention"]
     lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for name, row in table.items()]
-    for suffix, text in (("json", json.dumps(table, indent=1)), ("md", "\n".join(lines))):
-        with atomic_path(folder / f"score.{suffix}") as temporary:
-            temporary.write_text(text + "\n")
+    with atomic_path(folder / "score.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
     return table
