@@ -1,7 +1,7 @@
 """What ours is measured against: the plain pixel model, and the latent model with its autoencoder.
 
 The plain model is L2P as its authors write it: Z-Image's blocks (here diffusers'), contiguous tensors, concat,
-interpolate, and everything computed anew in every step. It holds the very weights of the model that it is compared with.
+interpolate, and everything computed anew in every step. It holds the very weights of the model it is compared with.
 """
 
 from __future__ import annotations

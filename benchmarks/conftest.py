@@ -1,9 +1,10 @@
 """The benchmarks' options, and the fixture that turns one measured row into one pytest-benchmark entry.
 
 ``pytest benchmarks/ --benchmark-json=benchmarks/results/cpu.json`` runs everything; ``python -m benchmarks.report``
-makes the table and the plots. Each row runs in a process of its own (`measure`), and pytest-benchmark is given the times
-measured there: its clock is `Clock`. Memory, counted work, shares of what the machine does and ratios to the baselines
-are in ``extra_info``. A row without times (out of memory, no compiler, over budget) is there as well and says why.
+makes the table and the plots. Each row runs in a process of its own (`measure`), and pytest-benchmark is given the
+times measured there: its clock is `Clock`. Memory, counted work, shares of what the machine does and ratios to the
+baselines are in ``extra_info``. A row without times (out of memory, no compiler, over budget) is there as well and says
+why.
 """
 
 from __future__ import annotations

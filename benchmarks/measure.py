@@ -206,7 +206,7 @@ _flush: torch.Tensor | None = None
 
 
 def _seconds(run: Callable[[], Any], device: str) -> float:
-    """Time of one call. On a GPU between two events, its cache flushed before: what a caller finds there is not ours."""
+    """Time of one call; on a GPU between two events, with its cache flushed before."""
     if device != "cuda":
         start = time.perf_counter()
         run()

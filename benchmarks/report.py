@@ -16,6 +16,7 @@ from l2p_fast.files import atomic_path
 
 OUT = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+NEEDED = {"level", "name", "resolution", "variant", "status", "reason"}
 LEVELS = ("op", "head", "block", "step", "image", "train")
 PLOTTED = ("head", "step", "image", "train")
 TITLES = {"head": "Detailer Head", "step": "one denoising step", "image": "one image", "train": "one training step"}
@@ -38,15 +39,18 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         data = json.loads(path.read_text())
         rows = [entry["extra_info"] for entry in data["benchmarks"]]
         machine = data["machine_info"]["l2p"] | {"cpu": data["machine_info"].get("cpu", {}).get("brand_raw")}
-        for row in rows:
-            row["level"], row["name"], row["resolution"], row["variant"], row["reason"]
-            row["median_s"] if row["status"] == "ok" else None
+        headline(machine)
+        incomplete = [
+            row for row in rows if not NEEDED | ({"median_s"} if row["status"] == "ok" else set()) <= set(row)
+        ]
+        if incomplete:
+            raise ValueError
     except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}; make it with pytest benchmarks/ --benchmark-json={path}")
+        words = f"{error.strerror}; make it with pytest benchmarks/ --benchmark-json={path}"
+        raise UserError(f"can't read {path}: {words}") from error
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path} is no result of these benchmarks; make one with pytest benchmarks/ --benchmark-json=FILE"
-        ) from None
+        words = "make one with pytest benchmarks/ --benchmark-json=FILE"
+        raise UserError(f"{path} is no result of these benchmarks; {words}") from None
     if not rows:
         raise UserError(f"{path} holds no row; run pytest benchmarks/ again without -k")
     place = {level: i for i, level in enumerate(LEVELS)}
@@ -61,9 +65,9 @@ def headline(machine: dict) -> str:
     peaks = f"{machine['matmul_flops'] / 1e12:.3g} TFLOP/s matmul, {machine['copy_bytes'] / 1e9:.3g} GB/s copy"
     channels = "-".join(map(str, scale["vae_channels"]))
     return (
-        f"{chip}; {versions}; kernels: {machine['extension']}. Measured here: {peaks}. {scale['dtype']}, batch 1. Whole "
-        f"models: width {scale['dim']}, {scale['layers']} layers, head x {scale['head_width']:g}, autoencoder {channels}, "
-        f"random weights; a block or head alone: width {scale['wide']}."
+        f"{chip}; {versions}; kernels: {machine['extension']}. Measured here: {peaks}. {scale['dtype']}, batch 1, random "
+        f"weights. Whole models: width {scale['dim']}, {scale['layers']} layers, head x {scale['head_width']:g}, "
+        f"autoencoder {channels}; a block or head alone: width {scale['wide']}."
     )
 
 
