@@ -65,9 +65,9 @@ def headline(machine: dict) -> str:
     peaks = f"{machine['matmul_flops'] / 1e12:.3g} TFLOP/s matmul, {machine['copy_bytes'] / 1e9:.3g} GB/s copy"
     channels = "-".join(map(str, scale["vae_channels"]))
     return (
-        f"{chip}; {versions}; kernels: {machine['extension']}. Measured here: {peaks}. {scale['dtype']}, batch 1, random "
-        f"weights. Whole models: width {scale['dim']}, {scale['layers']} layers, head x {scale['head_width']:g}, "
-        f"autoencoder {channels}; a block or head alone: width {scale['wide']}."
+        f"{chip}; {versions}; kernels: {machine['extension']}. Measured here: {peaks}. {scale['dtype']}, batch 1, "
+        f"random weights. Whole models: width {scale['dim']}, {scale['layers']} layers, head x "
+        f"{scale['head_width']:g}, autoencoder {channels}; a block or head alone: width {scale['wide']}."
     )
 
 
