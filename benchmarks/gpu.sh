@@ -57,7 +57,7 @@ step "goldens" 60 "$python" -m pytest -q -p no:cacheprovider tests/test_model.py
 left=$((seconds - SECONDS - 15)) # the rest is for the report
 [ "$left" -ge 60 ] || left=60
 step "benchmarks" $((left + 30)) "$python" -m pytest benchmarks -q -p no:cacheprovider -rsf --benchmark-columns=median,rounds \
-  "${sizes[@]}" --total-seconds "$left" --benchmark-json="$unfinished/$name.json" "$@"
+  "${sizes[@]}" --row-seconds 60 --total-seconds "$left" --benchmark-json="$unfinished/$name.json" "$@"
 if [ -s "$unfinished/$name.json" ]; then
   mv "$unfinished/$name.json" "$results/$name.json"
   step "report" 60 "$python" -m benchmarks.report "$results"/*.json --out "$results"

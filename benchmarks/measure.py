@@ -8,6 +8,7 @@ libraries imported and has computed nothing, so they start at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -39,7 +40,8 @@ LONG = 10.0  # seconds: a call of this length is its own warm-up and is made onc
 class Scale:
     """How large everything is. ``wide`` is the width of a block or head measured alone, ``dim`` that of whole models.
 
-    A picture has ``grid`` x ``grid`` patches; 64 is what every published checkpoint was made for.
+    A picture has ``grid`` x ``grid`` patches; 64 is what every published checkpoint was made for. ``patches`` are
+    those of whole models; the head alone is measured at all four.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Scale:
     grid: int = 64
     text_tokens: int = 128
     image_steps: int = 4
-    image_patches: tuple[int, ...] = (16, 64, 128, 160)
+    patches: tuple[int, ...] = (16, 64, 128, 160)
     dtype: str = "bfloat16"
 
     @property
@@ -73,7 +75,7 @@ SCALES = {
     scale.name: scale
     for scale in (
         Scale("full", 3840, 3840, 30, 2, 1.0, (128, 256, 512, 512), 2560),
-        Scale("cpu", 3840, 256, 4, 1, 1.0, (32, 32, 64, 64), 256, image_steps=2, image_patches=(16, 64)),
+        Scale("cpu", 3840, 128, 3, 1, 1.0, (32, 32, 32, 32), 256, image_steps=1, patches=(16, 64)),
         Scale("quick", 64, 64, 3, 1, 0.25, (32, 32, 32, 32), 64, grid=4, text_tokens=32, image_steps=2),
     )
 }
@@ -202,25 +204,25 @@ def measure(build: Callable[..., Case], arguments: dict, device: str, limits: Li
     return row
 
 
-_flush: torch.Tensor | None = None
-
-
 def _seconds(run: Callable[[], Any], device: str) -> float:
     """Time of one call; on a GPU between two events, with its cache flushed before."""
     if device != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    global _flush
-    if _flush is None:
-        _flush = torch.empty(2**28, dtype=torch.uint8, device=device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    _flush.zero_()
+    _flusher().zero_()
     start.record()
     run()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _flusher() -> torch.Tensor:
+    """More than any GPU's cache holds."""
+    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
 
 
 @contextlib.contextmanager
@@ -232,10 +234,11 @@ def watched_memory(device: str):
     memory: dict[str, float] = {}
     gc.collect()
     if device == "cuda":
+        ours = _flusher().nbytes
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated() - ours
         yield memory
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - ours
     else:
         try:
             with open("/proc/self/clear_refs", "w") as file:

@@ -64,7 +64,7 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     )
 
 
-@pytest.mark.parametrize("patch", NAMES, ids=NAMES.get)
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("patch", NAMES, ids=NAMES.get)
 def test_head(row, scale, patch, variant):
     row(build, "head", NAMES[patch], scale.grid * patch, variant, patch=patch)

@@ -101,9 +101,9 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     )
 
 
-@pytest.mark.parametrize("patch", NAMES, ids=NAMES.get)
 @pytest.mark.parametrize("variant", ("ours", "plain", "latent", "latent tiled", "plain compiled"))
+@pytest.mark.parametrize("patch", NAMES, ids=NAMES.get)
 def test_image(row, scale, patch, variant):
-    if patch not in scale.image_patches:
+    if patch not in scale.patches:
         pytest.skip(f"not part of scale {scale.name}")
     row(build, "image", NAMES[patch], scale.grid * patch, variant, patch=patch)

@@ -150,7 +150,7 @@ def build(variant: str, op: str, scale: Scale, device: str) -> Case:
     )
 
 
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("variant", ("ours", "plain", "plain compiled"))
+@pytest.mark.parametrize("op", OPS)
 def test_op(row, scale, op, variant):
     row(build, "op", op, scale.grid * 64, variant, op=op)

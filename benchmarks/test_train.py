@@ -101,7 +101,7 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     )
 
 
-@pytest.mark.parametrize("patch", (16, 64), ids=NAMES.get)
 @pytest.mark.parametrize("variant", ("ours", "plain", "latent"))
+@pytest.mark.parametrize("patch", (16, 64), ids=NAMES.get)
 def test_train(row, scale, patch, variant):
     row(build, "train", NAMES[patch], scale.grid * patch, variant, patch=patch)
