@@ -156,12 +156,14 @@ def row(request, benchmark):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
-    """Ratios to the baselines, once all are known; the machine, without its name in the network."""
+    """Ratios to the baselines, once all are known; the machine, without the names that only its owner knows."""
     session = config.stash[SESSION]
     rows = [entry["extra_info"] for entry in output_json["benchmarks"]]
     add_ratios(rows)
     machine = output_json["machine_info"]
-    machine.pop("node", None)
+    for key in ("node", "release"):
+        machine.pop(key, None)
+    machine.get("cpu", {}).pop("flags", None)
     machine["l2p"] = session.machine | {"device": session.device, "scale": asdict(session.scale)}
 
 

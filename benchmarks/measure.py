@@ -300,7 +300,7 @@ def machine(device: str, dtype: str) -> dict[str, Any]:
         "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else None,
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "l2p_fast": __version__,
