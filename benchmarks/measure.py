@@ -128,7 +128,7 @@ def apart(function: Callable[..., dict], *arguments, seconds: float, memory: int
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.baselines"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, function, arguments, memory), daemon=True)
+    process = context.Process(target=_child, args=(sender, function, arguments, memory))
     process.start()
     sender.close()
     try:
@@ -170,6 +170,7 @@ def measure(build: Callable[..., Case], arguments: dict, device: str, limits: Li
         machine), the shares of them.
     """
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is what errors are measured against
     case = build(**arguments, device=device)
     row: dict[str, Any] = {"flops": case.work.flops, "bytes": case.work.bytes, **case.facts}
     if peaks:
