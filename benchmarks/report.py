@@ -54,7 +54,9 @@ def read(path: Path) -> tuple[dict, list[dict]]:
     if not rows:
         raise UserError(f"{path} holds no row; run pytest benchmarks/ again without -k")
     place = {level: i for i, level in enumerate(LEVELS)}
-    return machine, sorted(rows, key=lambda row: place.get(row["level"], len(LEVELS)))  # stable: else as they ran
+    kinds = list(dict.fromkeys(row["name"] for row in rows))  # compiled ones ran last, yet belong to their kind
+    rows.sort(key=lambda row: (place.get(row["level"], len(LEVELS)), kinds.index(row["name"])))
+    return machine, rows
 
 
 def headline(machine: dict) -> str:
@@ -120,7 +122,8 @@ def table(machine: dict, rows: list[dict]) -> str:
 def plot(rows: list[dict], path: Path) -> bool:
     """Time and extra memory against resolution, one column a level; False when nothing is there to plot.
 
-    A cross at the upper edge is a row without a time: out of memory, over budget, not run.
+    A cross at the upper edge is a row without a time: out of memory, over budget, not run. Versions of which no row of
+    a level was tried, such as compiled ones where that is off, are left out.
     """
     import matplotlib
 
@@ -137,16 +140,19 @@ def plot(rows: list[dict], path: Path) -> bool:
             sides = sorted({row["resolution"] for row in rows if row["level"] == level})
             for number, variant in enumerate(variants):
                 chosen = [r for r in rows if (r["level"], r["variant"]) == (level, variant)]
+                if all(r["status"] == "not run" for r in chosen):
+                    continue
                 done = sorted((r["resolution"], r[key]) for r in chosen if r["status"] == "ok" and r.get(key))
                 color = f"C{number}"
                 if done:
                     axes.plot(*zip(*done, strict=True), marker="o", color=color, label=variant)
                 missing = [r["resolution"] for r in chosen if r["status"] != "ok"]
                 height = [0.97 - 0.04 * number] * len(missing)
-                axes.plot(missing, height, "x", color=color, transform=axes.get_xaxis_transform())
+                above = axes.get_xaxis_transform()
+                axes.plot(missing, height, "x", color=color, label=None if done else variant, transform=above)
             axes.set(xscale="log", yscale="log", xlabel="side, px", ylabel=label, title=TITLES[level])
             axes.set_xticks(sides, [str(side) for side in sides], rotation=30)
-            axes.minorticks_off()
+            axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
