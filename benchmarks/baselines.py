@@ -7,7 +7,8 @@ interpolate, and everything computed anew in every step. It holds the very weigh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from l2p_fast.detailer import DetailerHead
 from l2p_fast.model import L2PTransformer2DModel
 
 from . import counts
-from .measure import Scale
+from .measure import Scale, error
 
 LATENT_CHANNELS = 16
 VAE_FACTOR = 8
@@ -88,13 +89,37 @@ def latent_work(scale: Scale, side: int) -> counts.Work:
     return counts.latent_step(tokens, scale.text_tokens, scale.dim, scale.layers, scale.refiners, scale.cap_dim)
 
 
+def roomy(device: str) -> bool:
+    """Whether a GPU has memory for the whole plain model at any size, and in fp32."""
+    return device == "cuda" and torch.cuda.mem_get_info()[0] > 100 * 2**30
+
+
 def check_side(side: int, device: str) -> int:
     """Pixels of a side that a result is compared at: all of them where memory abounds, else at most 1280.
 
     1280 is divisible as every head wants it.
     """
-    roomy = device == "cuda" and torch.cuda.mem_get_info()[0] > 100 * 2**30
-    return side if roomy else min(side, 1280)
+    return side if roomy(device) else min(side, 1280)
+
+
+class Judge:
+    """How far a result of the whole model may be from the plain model's.
+
+    Where an fp32 copy of the model fits, errors are taken against that copy, in units of the plain model's own error,
+    of which 2 are allowed. Else it is the distance to the plain model in the same dtype, and 0.1 is allowed.
+    """
+
+    def __init__(self, model: L2PTransformer2DModel, device: str):
+        self.model, self.by_fp32 = model, device == "cpu" or roomy(device)
+        self.tolerance = 2.0 if self.by_fp32 else 0.1
+        self.against = "fp32, in units of the plain model's own error" if self.by_fp32 else "the plain model"
+
+    def __call__(self, result: Tensor, plain_result: Tensor, run_plain: Callable[[PlainL2P], Tensor]) -> float:
+        """The error of ``result``; ``run_plain`` gives what a plain model makes of the same inputs."""
+        if not self.by_fp32:
+            return error(result, plain_result)
+        exact = run_plain(PlainL2P(copy.deepcopy(self.model).float()))
+        return error(result, exact) / error(plain_result, exact)
 
 
 def freeze(model: nn.Module, scale: Scale) -> list[nn.Parameter]:

@@ -24,7 +24,7 @@ step() {
   local name="$1" limit="$2" begun=$SECONDS
   shift 2
   echo "== $name"
-  timeout --kill-after=10 "$limit" "$@"
+  timeout --signal=INT --kill-after=20 "$limit" "$@" # interrupted, pytest still writes what it has
   local code=$?
   echo "== $name: exit code $code after $((SECONDS - begun)) s"
   [ "$code" -eq 0 ] || failed+=("$name ($code)")
@@ -65,7 +65,7 @@ else
   failed+=("no results were written")
 fi
 
-echo "== done after $SECONDS s: $results/$name.json"
+echo "== done after $SECONDS s, results in $results"
 if [ "${#failed[@]}" -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}"
   exit 1

@@ -16,6 +16,7 @@ from . import counts
 from .baselines import (
     LATENT_CHANNELS,
     VAE_FACTOR,
+    Judge,
     PlainL2P,
     autoencoder,
     body_work,
@@ -25,7 +26,7 @@ from .baselines import (
     pixel_model,
 )
 from .conftest import CLOCK
-from .measure import Case, Scale, error, finite
+from .measure import Case, Scale, finite
 from .test_head import NAMES
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
@@ -81,22 +82,23 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
         given = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 1.0}
         return pipe(prompt_embeds=[cap], noise=noise, output_type=kind, **given).images
 
-    def draw_plain(noise: torch.Tensor | None, side: int, kind: str):
+    def draw_plain(noise: torch.Tensor | None, side: int, kind: str, plain: PlainL2P = plain):
         noise = draw_noise((1, 3, side, side)) if noise is None else noise
         return pixels_to_images(euler(lambda x, t: plain(x, t, cap), noise, sigmas, device), kind)
 
     def check() -> float:
         noise = draw_noise((1, 3, checked, checked))
-        return error(draw(noise, checked, "latent"), draw_plain(noise, checked, "latent"))
+        given = noise, checked, "latent"
+        return judge(draw(*given), draw_plain(*given), lambda plain: draw_plain(*given, plain))
 
     draw = draw_ours if variant == "ours" else draw_plain
-    checked = check_side(side, device)
+    checked, judge = check_side(side, device), Judge(model, device)
     return Case(
         run=lambda: draw(None, side, "pil"),
         work=body_work(scale, patch, side) * steps,
         check=check,
-        tolerance=0.05,
-        against=f"the plain model's final state in the same dtype, at {checked} px",
+        tolerance=judge.tolerance,
+        against=f"{judge.against}, at {checked} px",
         facts=facts | {"head_width": scale.head_width, "tokens": scale.grid**2},
     )
 

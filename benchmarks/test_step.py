@@ -15,6 +15,7 @@ from l2p_fast import flow
 from .baselines import (
     LATENT_CHANNELS,
     VAE_FACTOR,
+    Judge,
     PlainL2P,
     body_work,
     check_side,
@@ -23,7 +24,7 @@ from .baselines import (
     pixel_model,
 )
 from .conftest import CLOCK
-from .measure import Case, Scale, error, finite
+from .measure import Case, Scale, finite
 from .test_head import NAMES
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
@@ -62,7 +63,7 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     def step(call, x: torch.Tensor) -> torch.Tensor:
         return flow.euler_step(x, flow.velocity(call(x).float()), SIGMA, NEXT)
 
-    def run_plain(x: torch.Tensor) -> torch.Tensor:
+    def run_plain(x: torch.Tensor, plain: PlainL2P = plain) -> torch.Tensor:
         return plain(x, t, cap)
 
     def ours(side: int):
@@ -71,16 +72,17 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
 
     def check() -> float:
         small = torch.randn(1, 3, checked, checked, device=device)
-        return error(ours(checked)(small) if variant == "ours" else run_plain(small), run_plain(small))
+        result = (ours(checked) if variant == "ours" else run_plain)(small)
+        return judge(result, run_plain(small), lambda plain: run_plain(small, plain))
 
-    checked = check_side(side, device)
+    checked, judge = check_side(side, device), Judge(model, device)
     call = ours(side) if variant == "ours" else run_plain
     return Case(
         run=lambda: step(call, pixels),
         work=body_work(scale, patch, side),
         check=check,
-        tolerance=0.05,
-        against=f"the plain model's raw output in the same dtype, at {checked} px",
+        tolerance=judge.tolerance,
+        against=f"{judge.against}, at {checked} px",
         facts=facts | {"head_width": scale.head_width, "tokens": scale.grid**2},
     )
 
