@@ -1,74 +1,180 @@
-"""Shared by all benchmarks: validate, then time; report shares of what this machine does, measured in the same run."""
+"""The benchmarks' options, and the fixture that turns one measured row into one pytest-benchmark entry.
+
+``pytest benchmarks/ --benchmark-json=benchmarks/results/cpu.json`` runs everything; ``python -m benchmarks.report``
+makes the table and the plots. Each row runs in a process of its own (`measure`), and pytest-benchmark is given the
+times measured there: its clock is `Clock`. Memory, counted work, shares of what the machine does and ratios to the
+baselines are in ``extra_info``. A row without times (out of memory, no compiler, over budget) is there as well and says
+why.
+"""
 
 from __future__ import annotations
 
-import platform
-import statistics
+import os
+import shutil
 import time
-from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from l2p_fast import ops
+from . import measure
+from .measure import FAILED, NOT_RUN, OK, SCALES, WRONG, Limits, Scale
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-
-
-def seconds(run: Callable[[], object], device: str, rounds: int = 7) -> float:
-    """Median wall time of ``run`` after one warm-up, the device's queue emptied before and after."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    run()
-    times = []
-    for _ in range(rounds):
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+OURS = "ours"
+# What matters most comes first, in case the time runs out; compiling takes longest and comes last.
+ORDER = ("test_head", "test_step", "test_ops", "test_block", "test_image", "test_train")
+GIB = 2**30
 
 
-@pytest.fixture(params=DEVICES)
-def device(request) -> str:
-    return request.param
+def pytest_addoption(parser) -> None:
+    group = parser.getgroup("l2p_fast benchmarks")
+    add = group.addoption
+    add("--device", choices=("cpu", "cuda"), default=None, help="default: L2P_BENCH_DEVICE, else cuda if there is one")
+    add("--scale", choices=tuple(SCALES), help="sizes: full is the 6B model, and the default on a GPU; cpu; quick")
+    add("--quick", action="store_true", help="--scale quick: everything small, in about a minute")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile rows; auto: on a GPU")
+    add("--row-seconds", type=float, default=90, help="limit of one row (default 90)")
+    add("--total-seconds", type=float, default=600, help="rows not begun by then become rows that say so (default 600)")
+    add("--memory-gb", type=float, default=12, help="on the CPU: limit of a row's working memory (default 12)")
+
+
+class Clock:
+    """A timer for pytest-benchmark that shows the time spent in measured rounds."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+
+
+class Session:
+    """What the rows of one run share."""
+
+    def __init__(self, config):
+        option = config.getoption
+        asked = option("device") or os.environ.get("L2P_BENCH_DEVICE")
+        self.device: str = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+        usual = "full" if self.device == "cuda" else "cpu"
+        self.scale: Scale = SCALES["quick" if option("quick") else option("scale") or usual]
+        self.compile = option("compile") == "on" or (option("compile") == "auto" and self.device == "cuda")
+        self.row_seconds, self.started = option("row_seconds"), time.monotonic()
+        self.total_seconds = option("total_seconds")
+        self.memory = int(option("memory_gb") * GIB) if self.device == "cpu" else None
+        self._machine: dict | None = None
+
+    @property
+    def machine(self) -> dict:
+        """Names, versions, measured peaks of the machine; made once."""
+        if self._machine is None:
+            self._machine = measure.apart(measure.machine, self.device, self.scale.dtype, seconds=120)
+            if "matmul_flops" not in self._machine:
+                pytest.exit(f"the machine's peaks could not be measured: {self._machine['reason']}", returncode=3)
+        return self._machine
+
+    def measure(self, build, variant: str, arguments: dict) -> dict:
+        if "compiled" in variant:
+            if not self.compile:
+                return {"status": NOT_RUN, "reason": "torch.compile is off here; --compile on"}
+            if self.device == "cpu" and not (shutil.which("g++") or shutil.which("c++") or os.environ.get("CXX")):
+                return {"status": NOT_RUN, "reason": "torch.compile needs a C++ compiler; install g++"}
+        left = self.started + self.total_seconds - time.monotonic()
+        if left < 3:
+            return {"status": NOT_RUN, "reason": f"the run's {self.total_seconds:g} s were over; --total-seconds"}
+        limits = Limits(seconds=min(self.row_seconds, left), memory=self.memory)
+        if self.scale.name == "quick":
+            limits = Limits(limits.seconds, rounds_seconds=0.2, rounds=3, memory=self.memory)
+        given = {"variant": variant, "scale": self.scale, **arguments}
+        work = (build, given, self.device, limits, self.machine)
+        return measure.apart(measure.measure, *work, seconds=limits.seconds, memory=self.memory)
+
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_configure(config) -> None:
+    config.stash[SESSION] = Session(config)
+
+
+def pytest_report_header(config) -> str:
+    session = config.stash[SESSION]
+    scale = session.scale
+    return (
+        f"l2p_fast benchmarks: {session.device}, {scale.dtype}, scale {scale.name}: models of width {scale.dim}, "
+        f"{scale.layers} layers, autoencoder {'-'.join(map(str, scale.vae_channels))}; "
+        f"blocks and heads alone at width {scale.wide}"
+    )
+
+
+def pytest_collection_modifyitems(items) -> None:
+    def place(item) -> tuple[bool, int]:
+        module = item.module.__name__.rpartition(".")[2]
+        return "compiled" in item.name, ORDER.index(module) if module in ORDER else len(ORDER)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
-def copy_bandwidth() -> Callable[[str], float]:
-    """device -> bytes a second, read plus written, of PyTorch's own copy of 256 MiB."""
-    known: dict[str, float] = {}
-
-    def measure(device: str) -> float:
-        if device not in known:
-            source = torch.ones(2**26, device=device)
-            target = torch.empty_like(source)
-            known[device] = 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
-        return known[device]
-
-    return measure
+def scale(request) -> Scale:
+    return request.config.stash[SESSION].scale
 
 
 @pytest.fixture
-def timed(benchmark, device):
-    """Time with pytest-benchmark, waiting for the device; returns the median in seconds."""
+def row(request, benchmark):
+    """``row(build, level, name, resolution, variant, **arguments)``: measure ``build(variant, scale, device,
+    **arguments)`` and record it. A row without times skips the test, a wrong or broken one fails it."""
+    session = request.config.stash[SESSION]
 
-    def run(call: Callable[[], object], **facts: object) -> float:
-        def waited():
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
+    def record(build, level: str, name: str, resolution: int, variant: str, **arguments) -> dict:
+        result = session.measure(build, variant, arguments)
+        rounds = result.pop("rounds_s", [0.0])  # pytest-benchmark keeps no entry without a time
+        benchmark.group = f"{level} {name}"
+        benchmark.extra_info.update(
+            level=level,
+            name=name,
+            resolution=resolution,
+            variant=variant,
+            device=session.device,
+            dtype=session.scale.dtype,
+            **result,
+        )
+        durations = iter(rounds)
 
-        benchmark.extra_info.update(facts)
-        benchmark.pedantic(waited, rounds=9, warmup_rounds=2)
-        return benchmark.stats.stats.median
+        def replay() -> None:
+            CLOCK.now += next(durations)
 
-    return run
+        benchmark.pedantic(replay, rounds=len(rounds))
+        if result["status"] in (FAILED, WRONG):
+            pytest.fail(f"{result['status']}: {result['reason']}", pytrace=False)
+        if result["status"] != OK:
+            pytest.skip(f"{result['status']}: {result['reason']}")
+        return result
+
+    return record
 
 
-def pytest_benchmark_update_machine_info(config, machine_info) -> None:
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine_info["platform"] = platform.platform()
-    machine_info["extension"] = ops.extension_status()
+def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
+    """Ratios to the baselines, once all are known; the machine, without the names that only its owner knows."""
+    session = config.stash[SESSION]
+    rows = [entry["extra_info"] for entry in output_json["benchmarks"]]
+    add_ratios(rows)
+    machine = output_json["machine_info"]
+    for key in ("node", "release"):
+        machine.pop(key, None)
+    machine.get("cpu", {}).pop("flags", None)
+    machine["l2p"] = session.machine | {"device": session.device, "scale": asdict(session.scale)}
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """``ratio_to`` (times) and ``memory_ratio_to`` (extra memory) of each of ours to what else was run of its kind."""
+    done = [row for row in rows if row["status"] == OK]
+    for mine in done:
+        if not mine["variant"].startswith(OURS):
+            continue
+        others = [r for r in done if (r["level"], r["name"]) == (mine["level"], mine["name"]) and r is not mine]
+        mine["ratio_to"] = {r["variant"]: mine["median_s"] / r["median_s"] for r in others}
+        mine["memory_ratio_to"] = {
+            r["variant"]: mine["extra_mb"] / r["extra_mb"] for r in others if mine.get("extra_mb") and r.get("extra_mb")
+        }

@@ -1,0 +1,58 @@
+"""One modulated transformer block on 4096 image tokens and text, at full width: `pytest benchmarks/test_block.py`.
+
+Plain: diffusers' Z-Image block with the same weights.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+
+from l2p_fast.dit import TransformerBlock, rope_tables
+
+from . import counts
+from .baselines import made_on
+from .conftest import CLOCK
+from .measure import Case, Scale, error
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
+
+
+@torch.no_grad()
+def build(variant: str, scale: Scale, device: str) -> Case:
+    dim, heads = scale.wide, scale.heads(scale.wide)
+    tokens = counts.padded(scale.grid**2) + scale.text_tokens
+    with made_on(device, scale.torch_dtype):
+        ours = TransformerBlock(dim, heads, norm_eps=1e-5, qk_norm=True).eval()
+        plain = ZImageTransformerBlock(0, dim, heads, heads, norm_eps=1e-5, qk_norm=True).eval()
+        x, temb = torch.randn(1, tokens, dim), torch.randn(1, min(dim, counts.TIME_WIDTH))
+    plain.load_state_dict(ours.state_dict(), assign=True)
+    if variant == "plain compiled":
+        plain.compile()
+    width = dim // heads
+    positions = torch.arange(tokens)[:, None].expand(-1, 3)
+    cos, sin = rope_tables(positions.double()[None], (width // 4, width // 8 * 3, width // 8 * 3), 256.0)
+    rope = cos.to(device), sin.to(device)
+    turns = torch.complex(*rope)[:, :, 0]
+
+    def run_plain() -> torch.Tensor:
+        return plain(x, None, turns, temb)
+
+    def run_ours() -> torch.Tensor:
+        return ours(x, rope, None, temb)
+
+    run = run_ours if variant == "ours" else run_plain
+    return Case(
+        run=run,
+        work=counts.block(tokens, dim),
+        check=lambda: error(run(), run_plain()),
+        tolerance=0.02,
+        against="the plain block in the same dtype",
+        facts={"width": dim, "heads": heads, "tokens": tokens},
+    )
+
+
+@pytest.mark.parametrize("variant", ("ours", "plain", "plain compiled"))
+def test_block(row, scale, variant):
+    row(build, "block", f"{scale.grid**2}+{scale.text_tokens} tokens", scale.grid * 16, variant)

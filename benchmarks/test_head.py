@@ -1,0 +1,70 @@
+"""The Detailer Head alone, at each checkpoint's own resolution, width 3840 features: `pytest benchmarks/test_head.py`.
+
+Plain: the head as its authors write it. Errors are taken against fp32; where memory is short on a smaller picture, in
+bands all the same.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from l2p_fast.detailer import DetailerHead
+
+from . import counts
+from .baselines import PlainHead, check_side, made_on
+from .conftest import CLOCK
+from .measure import Case, Scale, error
+
+NAMES = {16: "1K", 64: "4K", 128: "8K", 160: "10K"}
+VARIANTS = ("ours", "plain", "plain channels-last", "plain compiled")
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
+
+
+@torch.no_grad()
+def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
+    side = scale.grid * patch
+    with made_on(device, scale.torch_dtype):
+        head = DetailerHead(patch, scale.wide, scale.head_width).eval()
+    if variant == "plain channels-last":
+        head.to(memory_format=torch.channels_last)
+    plain = PlainHead(head)
+    call = head if variant == "ours" else plain
+    if variant == "plain compiled":
+        call = PlainHead(head)
+        call.compile()
+
+    def inputs(side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randn(1, (side // patch) ** 2, scale.wide, device=device, dtype=scale.torch_dtype)
+        features = tokens.unflatten(1, (side // patch,) * 2).permute(0, 3, 1, 2)  # as the transformer leaves them
+        return torch.randn(1, 3, side, side, device=device), features
+
+    pixels, features = inputs(side)
+    checked = check_side(side, device)
+    plan = head.plan(pixels, features.dtype)
+
+    def check() -> float:
+        """Error against fp32, as a multiple of the plain module's own; a smaller size must not switch the bands off."""
+        small, small_features = inputs(checked)
+        given = {}
+        if variant == "ours" and plan is not None and checked < side:
+            given = {"band_rows": min(plan[1], checked // 2)}
+        result, own = call(small, small_features, **given), plain(small, small_features)
+        exact = head.float().forward_reference(small, small_features.float())
+        head.to(scale.torch_dtype)
+        return error(result, exact) / error(own, exact)
+
+    return Case(
+        run=lambda: call(pixels, features),
+        work=counts.head(head.levels, head.bottleneck[0].out_channels, scale.wide, side, side, patch),
+        check=check,
+        tolerance=2.0,
+        against=f"fp32, in units of the plain module's own error, at {checked} px",
+        facts={"width": scale.wide, "head_width": scale.head_width, "bands": plan if variant == "ours" else None},
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("patch", NAMES, ids=NAMES.get)
+def test_head(row, scale, patch, variant):
+    row(build, "head", NAMES[patch], scale.grid * patch, variant, patch=patch)

@@ -1,0 +1,111 @@
+"""One picture from noise to bytes, few steps, no guidance, text features given: `pytest benchmarks/test_image.py`.
+
+Plain: the same loop over the plain pixel model. Latent: the same loop over latents, then the autoencoder's decoder,
+whole or in diffusers' own tiles. Noise is drawn on the CPU by all.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from l2p_fast import flow
+from l2p_fast.pipeline import L2PPipeline, draw_noise, make_scheduler, pixels_to_images
+
+from . import counts
+from .baselines import (
+    LATENT_CHANNELS,
+    VAE_FACTOR,
+    Judge,
+    PlainL2P,
+    autoencoder,
+    body_work,
+    check_side,
+    latent_model,
+    latent_work,
+    pixel_model,
+)
+from .conftest import CLOCK
+from .measure import Case, Scale, finite
+from .test_head import NAMES
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
+
+
+def euler(call, noise: torch.Tensor, sigmas: torch.Tensor, device: str) -> torch.Tensor:
+    """The plain loop: ``call(state, t)`` is the raw output."""
+    x = noise.to(device)
+    for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        t = torch.full((1,), 1 - sigma, device=device)
+        x = flow.euler_step(x, flow.velocity(call(x, t).float()), sigma, following)
+    return x
+
+
+@torch.no_grad()
+def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
+    side, steps = scale.grid * patch, scale.image_steps
+    cap = torch.randn(scale.text_tokens, scale.cap_dim, device=device, dtype=scale.torch_dtype)
+    sigmas = flow.sigmas(steps)
+    facts = {"width": scale.dim, "layers": scale.layers, "steps": steps}
+    if variant.startswith("latent"):
+        model, vae = latent_model(scale, device), autoencoder(scale, device, tiled=variant == "latent tiled")
+        edge = side // VAE_FACTOR
+
+        def raw(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return model([x[0, :, None].to(scale.torch_dtype)], t, [cap]).sample[0][None, :, 0]
+
+        def draw_latent() -> list:
+            x = euler(raw, draw_noise((1, LATENT_CHANNELS, edge, edge)), sigmas, device)
+            latents = (x / vae.config.scaling_factor + vae.config.shift_factor).to(scale.torch_dtype)
+            return pixels_to_images(vae.decode(latents).sample.float(), "pil")
+
+        def check_decoder() -> float:
+            small = torch.randn(1, LATENT_CHANNELS, 16, 16, device=device, dtype=scale.torch_dtype)
+            return finite(vae.decode(small).sample, (1, 3, 16 * VAE_FACTOR, 16 * VAE_FACTOR))
+
+        return Case(
+            run=draw_latent,
+            work=latent_work(scale, side) * steps + counts.vae_decode(scale.vae_channels, LATENT_CHANNELS, edge, edge),
+            check=check_decoder,
+            against="shape and finite numbers of a small decode",
+            facts=facts | {"vae_channels": scale.vae_channels, "tokens": (edge // 2) ** 2},
+        )
+
+    model = pixel_model(scale, patch, device)
+    plain = PlainL2P(model)
+    if variant == "plain compiled":
+        plain.compile_parts()
+    pipe = L2PPipeline(model, None, None, make_scheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw_ours(noise: torch.Tensor | None, side: int, kind: str):
+        given = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 1.0}
+        return pipe(prompt_embeds=[cap], noise=noise, output_type=kind, **given).images
+
+    def draw_plain(noise: torch.Tensor | None, side: int, kind: str, plain: PlainL2P = plain):
+        noise = draw_noise((1, 3, side, side)) if noise is None else noise
+        return pixels_to_images(euler(lambda x, t: plain(x, t, cap), noise, sigmas, device), kind)
+
+    def check() -> float:
+        noise = draw_noise((1, 3, checked, checked))
+        given = noise, checked, "latent"
+        return judge(draw(*given), draw_plain(*given), lambda plain: draw_plain(*given, plain))
+
+    draw = draw_ours if variant == "ours" else draw_plain
+    checked, judge = check_side(side, device), Judge(model, device)
+    return Case(
+        run=lambda: draw(None, side, "pil"),
+        work=body_work(scale, patch, side) * steps,
+        check=check,
+        tolerance=judge.tolerance,
+        against=f"{judge.against}, at {checked} px",
+        facts=facts | {"head_width": scale.head_width, "tokens": scale.grid**2},
+    )
+
+
+@pytest.mark.parametrize("variant", ("ours", "plain", "latent", "latent tiled", "plain compiled"))
+@pytest.mark.parametrize("patch", NAMES, ids=NAMES.get)
+def test_image(row, scale, patch, variant):
+    if patch not in scale.patches:
+        pytest.skip(f"not part of scale {scale.name}")
+    row(build, "image", NAMES[patch], scale.grid * patch, variant, patch=patch)

@@ -1,0 +1,107 @@
+"""One training step, batch 1: forward, backward, AdamW; every block recomputed in the backward pass.
+
+The blocks between the first and the last few are frozen, as published. Plain: the pixel model as its authors write it.
+Latent: Z-Image on latents of the same picture size, trained the same way. ``pytest benchmarks/test_train.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from l2p_fast import flow
+
+from . import counts
+from .baselines import (
+    LATENT_CHANNELS,
+    VAE_FACTOR,
+    PlainL2P,
+    body_work,
+    check_side,
+    freeze,
+    latent_model,
+    latent_work,
+    pixel_model,
+)
+from .conftest import CLOCK
+from .measure import Case, Scale, error
+from .test_head import NAMES
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
+ADAMW_BYTES = 14  # bf16 weight, gradient and two states read, all but the gradient written
+
+
+def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
+    side, sigma = scale.grid * patch, 0.5
+    cap = torch.randn(scale.text_tokens, scale.cap_dim, device=device, dtype=scale.torch_dtype)
+    t = torch.full((1,), 1 - sigma, device=device)
+    latent = variant == "latent"
+    edge = side // VAE_FACTOR
+    shape = (1, LATENT_CHANNELS, edge, edge) if latent else (1, 3, side, side)
+
+    def call_latent(x: torch.Tensor) -> torch.Tensor:
+        return trained([x[0, :, None].to(scale.torch_dtype)], t, [cap]).sample[0][None, :, 0]
+
+    if latent:
+        trained = latent_model(scale, device)
+        trained.enable_gradient_checkpointing()
+        call, work = call_latent, latent_work(scale, side)
+    else:
+        model = pixel_model(scale, patch, device)
+        model.enable_gradient_checkpointing()
+        plain = PlainL2P(model)
+        plain.checkpointing = True
+        trained = model if variant == "ours" else plain
+        call = (lambda x: model(x, t, [cap])) if variant == "ours" else (lambda x: plain(x, t, cap))
+        work = body_work(scale, patch, side)
+    parameters = freeze(trained, scale)
+    optimizer = torch.optim.AdamW(parameters, lr=5e-5, fused=True)
+    x0, noise = torch.rand(shape, device=device) * 2 - 1, torch.randn(shape, device=device)
+
+    def loss(call, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        raw = call(flow.add_noise(x0, noise, sigma))
+        return F.mse_loss(raw.float(), flow.target(x0, noise))
+
+    def run() -> torch.Tensor:
+        value = loss(call, x0, noise)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    def check() -> float:
+        """The gradient of the input embedding, which the whole model lies behind."""
+        if latent:
+            return 0.0 if run().isfinite() else float("inf")
+        freeze(plain, scale)
+        gradients = []
+        small = [torch.rand(1, 3, checked, checked, device=device) for _ in range(2)]
+        name = f"all_x_embedder.{patch}-1.weight"
+        for owner, forward in ((trained, call), (plain, lambda x: plain(x, t, cap))):
+            owner.zero_grad(set_to_none=True)
+            loss(forward, *small).backward()
+            gradients.append((owner.body if owner is plain else owner).get_parameter(name).grad)
+            owner.zero_grad(set_to_none=True)
+        return error(*gradients)
+
+    checked = check_side(side, device)
+    frozen = scale.layers - 2 * scale.free_layers
+    tokens = counts.padded((edge // 2) ** 2 if latent else scale.grid**2) + counts.padded(scale.text_tokens)
+    linear_flops = counts.block_flops(tokens, scale.dim) - counts.attention(tokens, scale.dim)
+    count = sum(p.numel() for p in parameters)
+    return Case(
+        run=run,
+        work=counts.training(work, frozen * linear_flops, count, ADAMW_BYTES),
+        check=check,
+        tolerance=0.2,
+        against="a finite loss" if latent else f"the plain model's gradient in the same dtype, at {checked} px",
+        facts={"width": scale.dim, "layers": scale.layers, "trained_parameters": count},
+        grad=True,
+    )
+
+
+@pytest.mark.parametrize("variant", ("ours", "plain", "latent"))
+@pytest.mark.parametrize("patch", (16, 64), ids=NAMES.get)
+def test_train(row, scale, patch, variant):
+    row(build, "train", NAMES[patch], scale.grid * patch, variant, patch=patch)
