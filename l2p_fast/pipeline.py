@@ -170,6 +170,13 @@ class L2PPipeline(DiffusionPipeline):
         self._stage = ""
         self._cfg_batched: bool | None = None
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> L2PPipeline:
+        """As every diffusers pipeline."""
+        from . import model  # noqa: F401  (diffusers takes components only from modules that are imported)
+
+        return super().from_pretrained(*args, **kwargs)
+
     @property
     def patch_size(self) -> int:
         """Pixels of a side of a patch."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -388,6 +390,13 @@ def test_prepare_runs_inside_the_hook_of_an_offloaded_model(monkeypatch):
 
 
 # --- files ---
+
+
+def test_load_first_thing(tmp_path):
+    """In a process that has imported nothing else of the package."""
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    program = f"from l2p_fast import L2PPipeline; L2PPipeline.from_pretrained({str(tmp_path / 'pipe')!r})"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
 def test_save_and_load(tmp_path):
