@@ -32,8 +32,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import atomic_path
-from .config import DataConfig
-from .objective import generator
+from .config import DataConfig, ObjectiveConfig
+from .objective import draw_noise, draw_sigma, generator
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPT_KEYS = ("prompt", "text", "caption")
@@ -280,20 +280,18 @@ def make_buckets(
 
 @dataclass
 class Batch:
-    """What one process passes through the model at once.
+    """What one process passes through the model at once: B pictures of one size.
 
     Attributes:
-        pixels: (B, 3, H, W) fp32.
-        prompts, seeds: B of them.
-        places: B places within the step's whole batch; they seed what is drawn for the picture.
-        grid: which of the configuration's grids.
+        pixels, noise: (B, 3, H, W) fp32 on the CPU.
+        sigma: (B,) fp32 noise levels.
+        prompts: B of them, empty where the caption was dropped.
     """
 
     pixels: Tensor
+    noise: Tensor
+    sigma: Tensor
     prompts: list[str]
-    seeds: list[int | None]
-    places: list[int]
-    grid: int
 
 
 class Stream:
@@ -302,7 +300,7 @@ class Stream:
     Args:
         pictures: all of them.
         buckets: of `make_buckets`.
-        config: of the data.
+        config, objective: of the data, and of what is drawn for each picture.
         patch_size: pixels of a side of a token.
         seed: of the run.
         rank, world: which of how many processes; each gets its part of every step's batch.
@@ -314,10 +312,11 @@ class Stream:
     """
 
     def __init__(
-        self, pictures: Sequence[Picture], buckets: Sequence[Bucket], config: DataConfig, patch_size: int, seed: int,
+        self, pictures: Sequence[Picture], buckets: Sequence[Bucket], config: DataConfig,
+        objective: ObjectiveConfig, patch_size: int, seed: int,
         rank: int = 0, world: int = 1, accumulation: int = 1, bad: Iterable[int] = (),
     ):  # fmt: skip
-        self.pictures, self.buckets, self.config = pictures, list(buckets), config
+        self.pictures, self.buckets, self.config, self.objective = pictures, list(buckets), config, objective
         self.patch_size, self.seed, self.rank, self.world, self.accumulation = (
             patch_size, seed, rank, world, accumulation
         )  # fmt: skip
@@ -329,8 +328,9 @@ class Stream:
                     f"{accumulation} passes; make it a multiple of {world * accumulation}"
                 )
         self.step, self.cursors = 0, [0] * len(self.buckets)  # after the last batch given out
+        self._told = set(self.bad)
         self._pool = ThreadPoolExecutor(config.workers)
-        self._ahead: deque[tuple[list[int], list[tuple[Bucket, list[Future], list[int]]]]] = deque()
+        self._ahead: deque[tuple[list[int], list[list[Future]]]] = deque()
         self._orders: dict[int, tuple[int, list[int]]] = {}
         self._check_bad()
 
@@ -341,9 +341,7 @@ class Stream:
             self._ahead.append(self._plan(self.step + len(self._ahead), cursors))
         self.cursors, passes = self._ahead.popleft()
         self.step += 1
-        batches = [self._collect(*parts) for parts in passes]
-        self._check_bad()
-        return batches
+        return [self._collect(part) for part in passes]
 
     def state(self) -> dict:
         """Where the stream stands, as plain values."""
@@ -357,12 +355,17 @@ class Stream:
         self.step, self.cursors = state["step"], list(state["cursors"])
         self.bad |= set(state["bad"])
 
+    def new_bad(self) -> list[str]:
+        """Names of the pictures found unreadable since the last call."""
+        new, self._told = self.bad - self._told, set(self.bad)
+        return [self.pictures[i].name for i in sorted(new)]
+
     @property
     def epoch(self) -> float:
         """Passes over the data so far, the fullest bucket's count."""
         return max(c / len(b.members) for c, b in zip(self.cursors, self.buckets, strict=True))
 
-    def _plan(self, step: int, cursors: list[int]) -> tuple[list[int], list]:
+    def _plan(self, step: int, cursors: list[int]) -> tuple[list[int], list[list[Future]]]:
         """Draw the step's bucket, move its cursor, and send this process's pictures to the decoding threads."""
         rng = generator(self.seed, "bucket", step)
         config = self.config
@@ -376,9 +379,10 @@ class Stream:
         passes = []
         for number in range(self.accumulation):
             first = (number * self.world + self.rank) * share
-            places = list(range(first, first + share))
-            decoded = [self._pool.submit(self._load, bucket, self._candidates(chosen, start + p)) for p in places]
-            passes.append((bucket, decoded, places))
+            passes.append([
+                self._pool.submit(self._load, bucket, self._candidates(chosen, start + place), step, place)
+                for place in range(first, first + share)
+            ])  # fmt: skip
         return after, passes
 
     def _candidates(self, bucket: int, position: int) -> Iterator[int]:
@@ -391,20 +395,30 @@ class Stream:
         order = self._orders[bucket][1]
         return (members[order[(offset + i) % len(order)]] for i in range(len(order)))
 
-    def _load(self, bucket: Bucket, candidates: Iterator[int]) -> tuple[Tensor, Picture]:
+    def _load(
+        self, bucket: Bucket, candidates: Iterator[int], step: int, place: int
+    ) -> tuple[Tensor, Tensor, float, str]:
+        """Picture, noise, noise level and prompt at ``place`` of a step's batch."""
         height, width = (side * self.patch_size for side in bucket.shape)
-        for place in candidates:
+        for candidate in candidates:
+            picture = self.pictures[candidate]
             try:
-                return self.pictures[place].load(height, width), self.pictures[place]
+                pixels = picture.load(height, width)
             except UNREADABLE:
-                self.bad.add(place)
+                self.bad.add(candidate)
                 self._check_bad()
+                continue
+            rng = generator(self.seed, "picture", step, place)
+            sigma = draw_sigma(self.objective, rng, self.config.grids[bucket.grid].sigma_max)
+            dropped = torch.rand((), generator=rng).item() < self.config.caption_dropout
+            noise = draw_noise(self.objective, pixels.shape, picture.seed, rng)
+            return pixels, noise, sigma, "" if dropped else picture.prompt
         raise UserError("none of the pictures can be read; check data.path")
 
-    def _collect(self, bucket: Bucket, decoded: list[Future], places: list[int]) -> Batch:
-        pixels, chosen = zip(*(future.result() for future in decoded), strict=True)
-        prompts, seeds = [p.prompt for p in chosen], [p.seed for p in chosen]
-        return Batch(torch.stack(pixels), prompts, seeds, places, bucket.grid)
+    @staticmethod
+    def _collect(parts: list[Future]) -> Batch:
+        pixels, noise, sigma, prompts = zip(*(part.result() for part in parts), strict=True)
+        return Batch(torch.stack(pixels), torch.stack(noise), torch.tensor(sigma), list(prompts))
 
     def _check_bad(self) -> None:
         if len(self.bad) > self.config.max_bad_share * len(self.pictures):

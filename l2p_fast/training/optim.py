@@ -17,15 +17,15 @@ Letters: R rows held here, C values a row, K = C filled up to a multiple of 256.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .config import OptimConfig
-from .parallel import like_sharded, local
+from .config import Config, OptimConfig
+from .parallel import Workers, like_sharded, local
 
 BLOCK = 256  # values that share a scale, as in bitsandbytes
 MIN_8BIT_VALUES, MIN_8BIT_ROW = 4096, 128  # smaller tensors, or shorter rows, have 32-bit states
@@ -62,21 +62,21 @@ class AdamW:
     """AdamW over named parameters (Loshchilov and Hutter, arXiv 1711.05101).
 
     Args:
-        named: (name, parameter) pairs, all trained.
+        named: the trained parameters by name.
         config: kind, rates, rounding.
         seed: of stochastic rounding.
 
     Attributes:
         lr: learning rate of the next update.
         steps: updates made.
-        squared: sum of squares of the gradients that this step's fused updates have seen; (1,) fp32 per device.
+        squared: sum of squares of the gradients that this step's fused updates have seen.
         skipped: tensors that this step's fused updates have left alone, their gradient not being finite.
 
     Raises:
         UserError: bitsandbytes is wanted but not installed.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, seed: int = 0, rank: int = 0):
+    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimConfig, seed: int = 0, rank: int = 0):
         self.named = dict(named)
         self.config, self.seed, self.rank = config, seed, rank
         self.lr, self.steps = config.lr, 0
@@ -94,6 +94,25 @@ class AdamW:
         for name in self.named:
             self._update(name)
         self.steps += 1
+
+    @torch.no_grad()
+    def squared_norm(self) -> float:
+        """Sum of squares of the gradients held here."""
+        gradients = [local(p.grad) for p in self.named.values() if p.grad is not None]
+        return float(sum((g.float().square().sum() for g in gradients), torch.zeros((), device=gradients[0].device)))
+
+    @torch.no_grad()
+    def clip(self, norm: float, highest: float) -> None:
+        """Scale the gradients, whose norm over all processes is ``norm``, down to ``highest``; 0: leave them."""
+        if highest and norm > highest:
+            for parameter in self.named.values():
+                if parameter.grad is not None:
+                    local(parameter.grad).mul_(highest / norm)
+
+    def drop(self) -> None:
+        """Make no update: forget the gradients."""
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def fuse(self) -> None:
         """From now on a tensor is updated in the backward pass, when its gradient is complete.
@@ -203,6 +222,15 @@ class AdamW:
         """Seeded by run, step, tensor and process: no random state needs to be kept."""
         rng = self._rngs.setdefault(weight.device, torch.Generator(weight.device))
         return rng.manual_seed(hash((self.seed, self.steps, self._places[name], self.rank)) & MAX_SEED)
+
+
+def make_optimizer(named: Mapping[str, nn.Parameter], config: Config, workers: Workers) -> AdamW:
+    """The optimizer that ``config.optim.kind`` names.
+
+    Raises:
+        UserError: its library isn't installed.
+    """
+    return AdamW(named, config.optim, config.seed, workers.rank)
 
 
 def _padded(columns: int) -> int:
