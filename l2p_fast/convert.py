@@ -115,7 +115,9 @@ def merge(args: argparse.Namespace) -> None:
         )
     dtype = DTYPE_OF[args.dtype]
     pieces = {key: Piece.of_checkpoint(base, key, dtype) for key in wanted if key not in shapes}
-    pieces |= {key: delta.piece(key, dtype) if in_training else Piece.of_checkpoint(delta, key, dtype) for key in shapes}
+    pieces |= {
+        key: delta.piece(key, dtype) if in_training else Piece.of_checkpoint(delta, key, dtype) for key in shapes
+    }
     path = _prepare_out(args.out, args.overwrite, delta, base)
     _write(args, path, pieces, base.config | delta.config)
     print(f"merge: {delta.path} over {base.path}")

@@ -117,7 +117,9 @@ def load(path: str | Path, tensors: dict[str, Tensor], workers: Workers) -> None
         with _quiet():
             dcp.load(tensors, checkpoint_id=path, no_dist=workers.world == 1)
     except _FAILED as error:
-        raise UserError(f"the checkpoint {path} is damaged: {_reason(error)}; remove it to use the one before") from error
+        raise UserError(
+            f"the checkpoint {path} is damaged: {_reason(error)}; remove it to use the one before"
+        ) from error
 
 
 def index(path: str | Path) -> dict[str, TensorStorageMetadata]:
@@ -141,9 +143,7 @@ class TrainedTensors:
         if not names:
             raise UserError(f"{path} holds no average of the weights; it was trained without ema.decay")
         self.shapes = {name.removeprefix(self._prefix): tuple(self._index[name].size) for name in names}
-        self.tensors = {
-            key: Stored(self.path / STATE, key, "", shape, 0) for key, shape in self.shapes.items()
-        }
+        self.tensors = {key: Stored(self.path / STATE, key, "", shape, 0) for key, shape in self.shapes.items()}
 
     def kind(self) -> str:
         return "delta"

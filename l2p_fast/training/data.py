@@ -431,4 +431,3 @@ class Stream:
 
 def _pick(weights: Sequence[float], rng: torch.Generator) -> int:
     return int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=rng))
-

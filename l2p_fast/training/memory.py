@@ -141,17 +141,18 @@ def plan(config: Config, processes: int = 1, device_gb: float | None = None) -> 
     Raises:
         UserError: a base that can't be read, a freeze policy that fits nothing.
     """
-    if config.model.base and (Path(config.model.base).exists() or not config.model.base.startswith("weights/")):
-        base = Checkpoint(config.model.base)
+    path, patch = config.model.base, config.model.patch_size
+    if path and Path(path).exists():
+        base = Checkpoint(path)
         base.demand("l2p")
-        model, what = build_empty(base.model_config()), config.model.base
+        model, what = build_empty(base.model_config()), path
     else:
-        patch = config.model.patch_size
-        model, what = build_empty({"all_patch_size": (patch,)}), f"the published model of patch {patch}"
+        model, what = build_empty({"all_patch_size": (patch,)}), f"the published one of patch {patch}"
+        what += f" ({path} is not there)" if path else ""
     trained = set(freeze(model, config.freeze))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     lines = [f"model      {what}: {_count(sum(sizes.values()))} parameters",
-             f"trained    {_count(sum(sizes[n] for n in trained))}, policy {config.freeze.policy}, n = {config.freeze.n}",
+             f"trained    {_count(sum(sizes[n] for n in trained))}: {config.freeze.policy}, n = {config.freeze.n}",
              f"{'':11}{'group':<18}{'trained':>12}{'frozen':>12}"]  # fmt: skip
     for group, names in groups(list(sizes)).items():
         counts = [sum(sizes[n] for n in names if (n in trained) == yes) for yes in (True, False)]

@@ -42,9 +42,7 @@ def draw_sigma(config: ObjectiveConfig, rng: torch.Generator, highest: float = 1
     return shift * s / (1 + (shift - 1) * s) * highest
 
 
-def draw_noise(
-    config: ObjectiveConfig, shape: Sequence[int], seed: int | None, rng: torch.Generator
-) -> Tensor:
+def draw_noise(config: ObjectiveConfig, shape: Sequence[int], seed: int | None, rng: torch.Generator) -> Tensor:
     """(3, H, W) fp32 noise on the CPU: the picture's own for the whole run if it has a ``seed``, else from ``rng``."""
     if config.noise == "seed" and seed is not None:
         rng = torch.Generator().manual_seed(seed)
