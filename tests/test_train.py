@@ -224,7 +224,8 @@ def test_a_full_disk(world):
     run("steps=2")
     size = max(path.stat().st_size for path in (folder / "run/checkpoints").rglob("*"))
     process = CONTEXT.Process(
-        target=limited, args=([str(folder / "config.yaml"), "steps=4", "log.board=none"], str(folder / "log"), size // 2)
+        target=limited,
+        args=([str(folder / "config.yaml"), "steps=4", "log.board=none"], str(folder / "log"), size // 2),
     )
     process.start()
     process.join(100)
