@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -17,10 +18,9 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, run_cli
-from .files import atomic_path
 from .training import checkpoint as checkpoints
 from .training.build import autocast, build
-from .training.config import Config, as_dict, check, load_config
+from .training.config import Config, as_dict, check, load_config, write_config
 from .training.data import Features, Stream, list_pictures, make_buckets, make_features
 from .training.ema import EMA
 from .training.memory import plan
@@ -41,7 +41,7 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> None:
         UserError: what the user can mend; earlier checkpoints are untouched.
     """
     stop = Stop()
-    folder = open_run(config, workers)
+    folder = open_run(config)
     model, trained = build(config, workers)
     optimizer = make_optimizer(trained, config, workers)
     average = EMA(trained, config.ema)
@@ -58,6 +58,8 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> None:
         torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
     if config.optim.fused:
         optimizer.fuse()
+    if workers.first:
+        write_config(config, folder / "config.yaml")
     copies = max((replicas(p) for p in trained.values()), default=1)
     monitor = Monitor(folder, config, done, workers)
     monitor.say(f"{'resumed from ' + str(place) if place else 'a new run'} in {folder}, step {done} of {config.steps}")
@@ -165,18 +167,17 @@ class Stop:
         self.asked = True
 
 
-def open_run(config: Config, workers: Workers) -> Path:
-    """The run's folder, made if need be, with its configuration written into it."""
+def open_run(config: Config) -> Path:
+    """The run's folder, made if need be."""
     if not config.run:
         raise UserError("no folder for the run; give --run FOLDER")
     folder = Path(config.run)
-    if workers.first:
-        import yaml
-
-        checkpoints.folder_of(folder)
-        with atomic_path(folder / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
-    workers.wait()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write {folder}: {error.strerror}; choose a writable folder for the run") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"can't write {folder}; choose a writable folder for the run")
     return folder
 
 

@@ -164,7 +164,7 @@ def killed_and_resumed(folder: Path, whole: Path, kills: int, overrides: list[st
             assert process.exitcode == 0, (folder / "log").read_text()
             break
     process = start(argv, folder / "log")
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0, (folder / "log").read_text()
     assert done, "the run ended before it could be killed"
     assert curve(folder / "killed") == curve(whole)
@@ -176,7 +176,7 @@ def uninterrupted(folder: Path, overrides: list[str]) -> tuple[Path, float]:
     """(the run's folder, seconds it took)."""
     began = time.monotonic()
     process = start([folder / "config.yaml", *overrides], folder / "log")
-    process.join(300)
+    process.join(600)
     assert process.exitcode == 0, (folder / "log").read_text()
     return folder / "run", time.monotonic() - began
 
@@ -268,7 +268,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(world, monkeypatch):
     from l2p_fast import train
 
     run, folder = world
-    monkeypatch.setattr(train, "losses", lambda model, *a: (next(model.parameters()).sum() * float("inf"))[None])
+    monkeypatch.setattr(train, "losses", lambda model, *a: model.local_decoder.out_conv.bias[:2] * float("inf"))
     with pytest.raises(UserError, match="not finite 10 steps in a row"):
         run("steps=50")
     held = checkpoints.TrainedTensors(checkpoints.complete(folder / "run")[-1])
@@ -283,7 +283,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(world, monkeypatch):
         ("freeze.n=0", "made with freeze = "),
         ("ema.decay=0.5", "made with ema.decay = 0.0, now it is 0.5"),
         ("seed=4", "made with seed"),
-        ("model.weights=bfloat16", "made with model.weights"),
+        ("optim.rounding=masters", "made with optim.rounding"),
     ],
 )
 def test_a_checkpoint_of_another_configuration(world, override, says):

@@ -104,6 +104,6 @@ def run_ranks(world: int, argv: list[str], log: Path) -> None:
         for rank in range(world)
     ]  # fmt: skip
     for rank, process in enumerate(ranks):
-        process.join(120)
+        process.join(600)
         said = log.with_suffix(f".{rank}").read_text()
         assert process.exitcode == 0, said

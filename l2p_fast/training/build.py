@@ -60,8 +60,6 @@ def autocast(config: Config, device: torch.device) -> contextlib.AbstractContext
     """Compute in ``model.compute`` with weights of another dtype; FSDP casts by its own policy."""
     if config.model.compute == config.model.weights or config.parallel.fsdp:
         return contextlib.nullcontext()
-    if config.model.compute == "float32":
-        raise UserError("model.compute=float32 needs model.weights=float32")
     return torch.autocast(device.type, torch.bfloat16)
 
 

@@ -50,15 +50,18 @@ def save(run: str | Path, tensors: dict[str, Tensor], state: Mapping[str, Any], 
     """
     place = folder_of(run) / f"step-{state['step']:08d}"
     partial = place.with_name(f".{place.name}.partial")
-    failure = None
-    try:
+
+    def prepare() -> None:
         if workers.first:
             for old in place.parent.glob(".step-*"):  # left by a killed run
                 shutil.rmtree(old)
             partial.mkdir(parents=True)
-        workers.wait()
+
+    def write() -> None:
         with _quiet():
             dcp.save(tensors, checkpoint_id=partial, no_dist=workers.world == 1)
+
+    def publish() -> None:
         if workers.first:
             with open(partial / STATE, "w") as file:
                 json.dump(state, file)
@@ -69,15 +72,20 @@ def save(run: str | Path, tensors: dict[str, Tensor], state: Mapping[str, Any], 
                 shutil.rmtree(place)
             os.replace(partial, place)
             _sync(place.parent)
-    except _FAILED as error:
-        failure = _reason(error)
-    if workers.sum([failure is not None])[0]:
-        if workers.first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"can't write the checkpoint {place}: {failure or 'another process failed'}; "
-            "make room or choose another run folder, and start again: earlier checkpoints are whole"
-        )
+
+    for work in (prepare, write, publish):
+        failure = None
+        try:
+            work()
+        except _FAILED as error:
+            failure = _reason(error)
+        if workers.sum([failure is not None])[0]:  # all stop together
+            if workers.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"can't write the checkpoint {place}: {failure or 'another process failed'}; "
+                "make room or choose another run folder, and start again: earlier checkpoints are whole"
+            )
     if workers.first:
         for old in complete(run)[:-keep]:
             gone = old.with_name(f".{old.name}.partial")  # so that no half-removed one bears the name

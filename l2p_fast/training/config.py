@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
+from ..files import atomic_path
 
 
 @dataclass
@@ -175,6 +176,14 @@ def as_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def write_config(config: Config, path: Path) -> None:
+    """Write every setting to a YAML file that `load_config` reads."""
+    import yaml
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+
+
 def _put(values: Any, path: list[str], value: Any, key: str) -> None:
     """Set ``values[a][b]... = value``; a number in the path is a place in a list."""
     *parents, last = [int(part) if part.isdigit() else part for part in path]
@@ -267,6 +276,8 @@ def check(config: Config) -> None:
         raise UserError("optim.fused updates in each backward pass, so it needs accumulation=1")
     if config.optim.fused and config.optim.clip:
         raise UserError("optim.clip needs all gradients at once; switch optim.fused or optim.clip off")
+    if config.model.compute == "float32" and config.model.weights == "bfloat16":
+        raise UserError("model.compute=float32 needs model.weights=float32")
     if config.parallel.hybrid and not config.parallel.fsdp:
         raise UserError("--hybrid is a way of sharding; add --fsdp")
     if config.freeze.n < 0:

@@ -12,6 +12,7 @@ Left out: streaming shards from a network.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import hashlib
@@ -136,25 +137,22 @@ def _read_shard(shard: str) -> list[Picture]:
     found = []
     try:
         with tarfile.open(shard, "r:") as tar:
-            try:
+            with contextlib.suppress(tarfile.ReadError):
                 for member in tar:
                     folder, _, base = member.name.rpartition("/")
                     stem, _, suffix = base.partition(".")
                     if member.isfile():
                         samples.setdefault(f"{folder}/{stem}", {})["." + suffix.lower()] = member
-            except tarfile.ReadError:
-                pass
             for parts in samples.values():
                 picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
-                about = {}
-                if ".json" in parts:
-                    about = json.loads(tar.extractfile(parts[".json"]).read())
-                if ".txt" in parts:
-                    about["prompt"] = tar.extractfile(parts[".txt"]).read().decode().strip()
-                prompt = next((about[key] for key in PROMPT_KEYS if isinstance(about.get(key), str)), None)
-                if picture is not None and prompt is not None:
-                    seed = _seed(about.get("seed"), f"{shard}:{picture.name}")
-                    found.append(Picture(shard, prompt, seed, picture.name, picture.offset_data, picture.size))
+                with contextlib.suppress(tarfile.ReadError):
+                    about = json.loads(tar.extractfile(parts[".json"]).read()) if ".json" in parts else {}
+                    if ".txt" in parts:
+                        about["prompt"] = tar.extractfile(parts[".txt"]).read().decode().strip()
+                    prompt = next((about[key] for key in PROMPT_KEYS if isinstance(about.get(key), str)), None)
+                    if picture is not None and prompt is not None:
+                        seed = _seed(about.get("seed"), f"{shard}:{picture.name}")
+                        found.append(Picture(shard, prompt, seed, picture.name, picture.offset_data, picture.size))
     except (OSError, tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"can't read the shard {shard}: {error}") from error
     return found

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from ..errors import UserError
 from .config import Config
@@ -122,9 +123,9 @@ def like_sharded(value: Tensor, parameter: Tensor) -> Tensor:
         return value
     shape = torch.Size((parameter.shape[0], *value.shape[1:]))
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return DTensor.from_local(
-        value, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    )
+    meta = TensorMeta(shape, stride, value.dtype)
+    # Not DTensor.from_local: it would copy what is kept in CPU memory to the mesh's device.
+    return DTensor(value, DTensorSpec(parameter.device_mesh, parameter.placements, meta), requires_grad=False)
 
 
 def fill(parameter: Tensor, value: Tensor | None) -> None:
