@@ -26,7 +26,7 @@ from .training.ema import EMA
 from .training.memory import plan
 from .training.monitor import Monitor, sample_sheet
 from .training.objective import SIGMA_BUCKETS, losses
-from .training.optim import AdamW, make_optimizer
+from .training.optim import AdamW
 from .training.parallel import Workers, replicas, start
 
 # A checkpoint can only go on under the settings that gave its tensors their meaning.
@@ -43,7 +43,7 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> None:
     stop = Stop()
     folder = open_run(config)
     model, trained = build(config, workers)
-    optimizer = make_optimizer(trained, config, workers)
+    optimizer = AdamW(trained, config.optim, config.seed, workers.rank)
     average = EMA(trained, config.ema)
     stream, features = open_data(config, model, workers)
     place = find_checkpoint(folder, resume)

@@ -64,9 +64,9 @@ def test_frozen_blocks_stay_bit_for_bit(world, policy):
 
 def test_it_learns(world):
     run, folder = world
-    run("steps=60", "objective.shift=1", "optim.lr=3e-3", "ema.decay=0.9")
+    run("steps=60", "objective.grid=1", "optim.lr=1e-2", "ema.decay=0.9", "save_every=100")  # from pure noise
     losses = [loss for _, loss, _ in curve(folder / "run")]
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     lines = read_log(folder / "run")
     assert lines[-1]["epoch"] == 60 * 2 / PICTURES and lines[0]["images"] == 2
     assert all(0 <= float(k.split("-")[0]) < 1 for line in lines for k in line["loss_by_sigma"])

@@ -54,6 +54,19 @@ def test_8bit_is_bitsandbytes_where_rows_are_whole_blocks(bitsandbytes):
     assert torch.equal(ours["matrix"], theirs["matrix"])
 
 
+@pytest.mark.slow
+def test_torchaos_kernel_on_the_same_states(bitsandbytes):
+    pytest.importorskip("torchao", reason="pip install l2p_fast[torchao]")
+    ours, theirs = weights(), weights()
+    optimizers = [AdamW(w, OptimConfig(kind, lr=1e-2)) for w, kind in ((ours, "adamw8bit"), (theirs, "torchao"))]
+    start = weights()
+    train([ours, theirs], optimizers, 5)
+    for name in SHAPES:
+        assert (ours[name] - theirs[name]).norm() < 0.02 * (ours[name] - start[name]).norm(), name
+        for key, value in optimizers[1].state[name].items():
+            assert value.dtype == optimizers[0].state[name][key].dtype and value.any()
+
+
 def test_8bit_stays_near_32_bit(bitsandbytes):
     ours, theirs = weights(), weights()
     eight, plain = (AdamW(w, OptimConfig(kind, lr=1e-2)) for w, kind in ((ours, "adamw8bit"), (theirs, "adamw")))

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .config import Config, OptimConfig
-from .parallel import Workers, like_sharded, local
+from .config import OptimConfig
+from .parallel import like_sharded, local
 
 BLOCK = 256  # values that share a scale, as in bitsandbytes
 MIN_8BIT_VALUES, MIN_8BIT_ROW = 4096, 128  # smaller tensors, or shorter rows, have 32-bit states
@@ -73,7 +73,7 @@ class AdamW:
         skipped: tensors that this step's fused updates have left alone, their gradient not being finite.
 
     Raises:
-        UserError: bitsandbytes is wanted but not installed.
+        UserError: bitsandbytes or torchao is wanted but not installed.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: OptimConfig, seed: int = 0, rank: int = 0):
@@ -84,7 +84,7 @@ class AdamW:
         self.state: dict[str, dict[str, Tensor]] = {name: self._new_state(p) for name, p in self.named.items()}
         self._kernel = None
         if any("m_scale" in state for state in self.state.values()):
-            self._kernel = _bitsandbytes_update()
+            self._kernel = {"adamw8bit": _bitsandbytes_update, "torchao": _torchao_update}[config.kind]()
         self._rngs: dict[torch.device, torch.Generator] = {}
         self._places = {name: place for place, name in enumerate(self.named)}
 
@@ -141,7 +141,7 @@ class AdamW:
         weight = local(parameter)
         device = torch.device("cpu") if self.config.offload else weight.device
         new = {"device": device, "pin_memory": device.type == "cpu" and weight.is_cuda}
-        if self.config.kind == "adamw8bit" and has_8bit_state(parameter.shape):
+        if self.config.kind != "adamw" and has_8bit_state(parameter.shape):
             rows, padded = weight.shape[0], _padded(math.prod(parameter.shape[1:]))
             state = {key: torch.zeros(rows, padded, dtype=torch.uint8, **new) for key in ("m", "v")}
             state |= {f"{key}_scale": torch.zeros(rows, padded // BLOCK, **new) for key in ("m", "v")}
@@ -224,15 +224,6 @@ class AdamW:
         return rng.manual_seed(hash((self.seed, self.steps, self._places[name], self.rank)) & MAX_SEED)
 
 
-def make_optimizer(named: Mapping[str, nn.Parameter], config: Config, workers: Workers) -> AdamW:
-    """The optimizer that ``config.optim.kind`` names.
-
-    Raises:
-        UserError: its library isn't installed.
-    """
-    return AdamW(named, config.optim, config.seed, workers.rank)
-
-
 def _padded(columns: int) -> int:
     return -(-columns // BLOCK) * BLOCK
 
@@ -245,7 +236,7 @@ def _bitsandbytes_update():
         raise UserError(
             "optim.kind=adamw8bit needs bitsandbytes: pip install l2p_fast[train], or optim.kind=adamw"
         ) from error
-    codes: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    codes: dict[torch.device, tuple[Tensor, Tensor]] = {}  # what the 256 values of a byte mean, signed and not
 
     def update(gradient, weight, m, v, m_scale, v_scale, *, beta1, beta2, eps, step, lr, weight_decay):
         if weight.device not in codes:
@@ -256,5 +247,30 @@ def _bitsandbytes_update():
             "adam", gradient, weight, m, v, beta1, beta2, 0.0, 0.0, eps, step, lr, *codes[weight.device],
             m_scale, v_scale, weight_decay,
         )  # fmt: skip
+
+    return update
+
+
+def _torchao_update():
+    """The same by torchao's compiled kernel, on the same states (its blocks and codes are bitsandbytes')."""
+    try:
+        from torchao.optim.adam import single_param_adam
+        from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
+    except ImportError as error:
+        raise UserError(
+            "optim.kind=torchao needs torchao: pip install l2p_fast[torchao], or optim.kind=adamw8bit"
+        ) from error
+    compiled = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
+
+    def update(gradient, weight, m, v, m_scale, v_scale, *, beta1, beta2, eps, step, lr, weight_decay):
+        states = []
+        for codes, scale, qmap in ((m, m_scale, get_qmap_signed()), (v, v_scale, get_qmap_unsigned())):
+            qmap = torch.tensor(qmap, dtype=torch.float32, device=weight.device)
+            states.append(OptimState8bit(codes, scale, qmap, signed=not states, dtype=torch.float32))
+        with torch._dynamo.utils.disable_cache_limit():  # one compilation a shape
+            compiled(
+                weight, gradient, torch.tensor(float(step)), *states, None, torch.tensor(lr), beta1, beta2,
+                weight_decay, eps, True, False,
+            )  # fmt: skip
 
     return update
