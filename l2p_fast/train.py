@@ -121,7 +121,7 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> None:
                 saved = done
             if config.log.sample_every and done % config.log.sample_every == 0:
                 sample_sheet(model, features, config, workers, folder / "samples" / f"step-{done:08d}.png")
-        if saved != done:
+        if saved != done or not checkpoints.complete(folder):
             save()
     if stop.agreed:
         monitor.say(f"stopped by a signal; step {done} is saved, the same command goes on")
@@ -207,13 +207,18 @@ def open_data(config: Config, model, workers: Workers) -> tuple[Stream, Features
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: ``auto`` the last of the run, ``none``, or a path."""
-    if resume == "none":
-        return None
-    if resume != "auto":
-        return Path(resume)
+    """The checkpoint to go on from: ``auto`` the last of the run, ``none``, or a path.
+
+    Raises:
+        UserError: the run has later checkpoints than that.
+    """
     found = checkpoints.complete(folder)
-    return found[-1] if found else None
+    if resume == "auto":
+        return found[-1] if found else None
+    place = None if resume == "none" else Path(resume)
+    if found and (place is None or found[-1].name > place.name):
+        raise UserError(f"{folder} holds a later checkpoint ({found[-1].name}); give another --run, or remove it")
+    return place
 
 
 def check_same(config: Config, other: dict, place: Path) -> None:

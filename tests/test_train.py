@@ -144,8 +144,16 @@ def test_only_the_last_checkpoints_are_kept(world):
     run("steps=7", "keep=2")
     assert [path.name for path in checkpoints.complete(folder / "run")] == ["step-00000006", "step-00000007"]
     assert len(list((folder / "run/checkpoints").iterdir())) == 2
-    run("steps=8", "keep=1", f"--resume={folder / 'run/checkpoints/step-00000006'}")
-    assert [line["step"] for line in read_log(folder / "run")] == list(range(1, 9))
+    for resume in ("none", folder / "run/checkpoints/step-00000006"):
+        with pytest.raises(UserError, match="holds a later checkpoint"):
+            run("steps=8", f"--resume={resume}")
+
+
+def test_a_run_can_start_from_anothers_checkpoint(world):
+    run, folder = world
+    run("steps=6")
+    run("steps=6", f"run={folder / 'other'}", f"--resume={folder / 'run/checkpoints/step-00000004'}")
+    assert curve(folder / "run")[4:] == curve(folder / "other")
 
 
 def killed_and_resumed(folder: Path, whole: Path, kills: int, overrides: list[str], longest: float) -> None:
