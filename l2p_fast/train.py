@@ -40,7 +40,6 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> None:
     Raises:
         UserError: what the user can mend; earlier checkpoints are untouched.
     """
-    stop = Stop()
     folder = open_run(config)
     model, trained = build(config, workers)
     optimizer = AdamW(trained, config.optim, config.seed, workers.rank)
@@ -73,9 +72,9 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> None:
         return checkpoints.save(folder, tensors_of(optimizer, average), state, config.keep, workers)
 
     saved = done if place is not None else -1
+    stop, mark = Stop(), time.monotonic()
     with monitor:
         while done < config.steps and not stop.agreed and not (config.minutes and seconds >= config.minutes * 60):
-            began = time.monotonic()
             batches = stream.next()
             optimizer.lr = config.optim.lr * schedule(config, done, seconds)
             of_sigma = torch.zeros(2, SIGMA_BUCKETS, dtype=torch.float64)  # sums of losses, and how many
@@ -89,9 +88,10 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> None:
                 of_sigma[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
 
             squared, left_alone = optimizer.finish() if config.optim.fused else (optimizer.squared_norm(), 0)
-            told = workers.sum([*of_sigma.flatten(), squared / copies, left_alone, stop.asked, len(stream.bad)])
+            took, mark = time.monotonic() - mark, time.monotonic()
+            told = workers.sum([*of_sigma.flatten(), squared / copies, left_alone, stop.asked, len(stream.bad), took])
             of_sigma = torch.tensor(told[: 2 * SIGMA_BUCKETS]).view(2, -1)
-            squared, left_alone, asked, bad = told[2 * SIGMA_BUCKETS :]
+            squared, left_alone, asked, bad, took = told[2 * SIGMA_BUCKETS :]
             loss, norm = (of_sigma[0].sum() / of_sigma[1].sum()).item(), math.sqrt(max(squared, 0.0))
             finite = math.isfinite(loss) and math.isfinite(squared) and not left_alone
             if not config.optim.fused:
@@ -110,11 +110,10 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> None:
                 average.update(optimizer.steps)
             done += 1
             stop.agreed = asked > 0
-            seconds += time.monotonic() - began
-            images = int(of_sigma[1].sum())
+            seconds += took / workers.world  # the same everywhere: the schedule may depend on it
             monitor.step(
-                done, loss=loss, of_sigma=of_sigma, norm=norm, lr=optimizer.lr, images=images, epoch=stream.epoch,
-                seconds=time.monotonic() - began, skipped=skipped, bad=int(bad), bad_names=stream.new_bad(),
+                done, loss=loss, of_sigma=of_sigma, norm=norm, lr=optimizer.lr, epoch=stream.epoch,
+                seconds=took / workers.world, skipped=skipped, bad=int(bad), bad_names=stream.new_bad(),
             )  # fmt: skip
             if done % config.save_every == 0:
                 save()
@@ -165,6 +164,8 @@ class Stop:
 
     def _ask(self, number: int, frame) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C doesn't wait
 
 
 def open_run(config: Config) -> Path:
