@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from pathlib import Path
@@ -107,3 +109,15 @@ def run_ranks(world: int, argv: list[str], log: Path) -> None:
         process.join(600)
         said = log.with_suffix(f".{rank}").read_text()
         assert process.exitcode == 0, said
+
+
+@contextlib.contextmanager
+def world_in(folder: Path):
+    """(run the command line with overrides, ``folder``); the handlers of signals are put back."""
+    path = make_world(folder)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda *overrides: train.main([str(path), *map(str, overrides)]), folder
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
