@@ -121,13 +121,15 @@ def load(path: str | Path, tensors: dict[str, Tensor], workers: Workers) -> None
                 f"the checkpoint {path} is of another model: {name} is {tuple(held[name].size)} there, "
                 f"{tuple(tensor.shape)} here"
             )
+    _read(path, tensors, workers.world == 1)
+
+
+def _read(path: str | Path, tensors: dict[str, Tensor], alone: bool) -> None:
     try:
         with _quiet():
-            dcp.load(tensors, checkpoint_id=path, no_dist=workers.world == 1)
+            dcp.load(tensors, checkpoint_id=path, no_dist=alone)
     except _FAILED as error:
-        raise UserError(
-            f"the checkpoint {path} is damaged: {_reason(error)}; remove it to use the one before"
-        ) from error
+        raise UserError(f"the checkpoint {path} is damaged: {_reason(error)}; remove it, and try again") from error
 
 
 def index(path: str | Path) -> dict[str, TensorStorageMetadata]:
@@ -135,7 +137,7 @@ def index(path: str | Path) -> dict[str, TensorStorageMetadata]:
     try:
         found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:  # a damaged pickle raises anything
-        raise UserError(f"the checkpoint {path} is damaged: {error}; remove it to use the one before") from error
+        raise UserError(f"the checkpoint {path} is damaged: {error}; remove it, and try again") from error
     return {name: value for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
 
 
@@ -162,7 +164,7 @@ class TrainedTensors:
 
         def chunks(kind: torch.dtype) -> Iterator[Tensor]:
             value = torch.empty(self.shapes[key], dtype=stored)
-            load(self.path, {name: value}, Workers(0, 1, torch.device("cpu")))
+            _read(self.path, {name: value}, alone=True)
             yield value.to(kind)
 
         return Piece(self.shapes[key], dtype or stored, chunks)
