@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -208,9 +209,10 @@ def test_a_damaged_checkpoint(world):
     run, folder = world
     run("steps=2")
     [place] = checkpoints.complete(folder / "run")
-    (place / ".metadata").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="is damaged"):
-        run("steps=4")
+    for content in (b"nothing", pickle.dumps(os.getcwd)):
+        (place / ".metadata").write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            run("steps=4")
     with pytest.raises(UserError, match="no complete checkpoint"):
         run("steps=4", f"--resume={folder}")
 

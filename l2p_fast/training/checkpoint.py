@@ -3,8 +3,8 @@
     run/checkpoints/step-00000500/   state.json (plain values) and the tensors, PyTorch's distributed checkpoint
 
 Each process writes its shards; any number of processes can read them. A checkpoint is written beside its place and
-renamed when it is complete and on disk, so what bears its name is whole. Resume only from folders that you wrote: the
-distributed checkpoint's index is a pickle.
+renamed when it is complete and on disk, so what bears its name is whole. PyTorch keeps its index as a pickle: that is read
+here first, by a reader that knows nothing but such an index.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -132,10 +133,27 @@ def _read(path: str | Path, tensors: dict[str, Tensor], alone: bool) -> None:
         raise UserError(f"the checkpoint {path} is damaged: {_reason(error)}; remove it, and try again") from error
 
 
+class _Index(pickle.Unpickler):
+    """Reads the index of a distributed checkpoint, and refuses what such an index doesn't hold."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module.startswith(("torch.distributed.checkpoint.", "pathlib")) or (module, name) in (
+            ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+        )  # fmt: skip
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
+
+
 def index(path: str | Path) -> dict[str, TensorStorageMetadata]:
-    """The tensors of a checkpoint by name: shapes and dtypes."""
+    """The tensors of a checkpoint by name: shapes and dtypes.
+
+    Raises:
+        UserError: it is damaged, or made to run code.
+    """
     try:
-        found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        with open(Path(path) / INDEX, "rb") as file:
+            found = _Index(file).load().state_dict_metadata
     except Exception as error:  # a damaged pickle raises anything
         raise UserError(f"the checkpoint {path} is damaged: {error}; remove it, and try again") from error
     return {name: value for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
