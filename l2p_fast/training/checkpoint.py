@@ -3,8 +3,8 @@
     run/checkpoints/step-00000500/   state.json (plain values) and the tensors, PyTorch's distributed checkpoint
 
 Each process writes its shards; any number of processes can read them. A checkpoint is written beside its place and
-renamed when it is complete and on disk, so what bears its name is whole. PyTorch keeps its index as a pickle: that is read
-here first, by a reader that knows nothing but such an index.
+renamed when it is complete and on disk, so what bears its name is whole. PyTorch keeps its index as a pickle: that is
+read here first, by a reader that knows nothing but such an index.
 """
 
 from __future__ import annotations
