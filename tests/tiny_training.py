@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import traceback
 from pathlib import Path
 
@@ -81,9 +82,7 @@ def child(argv: list[str], log: str, environment: dict[str, str]) -> None:
     """What a child process does: the command line ``argv``, with what it says in the file ``log``."""
     torch.set_num_threads(1)
     os.environ.update(environment)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
     try:
         run_cli(lambda: train.main(argv))
     except Exception:  # into the log, not the terminal
