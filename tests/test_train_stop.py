@@ -97,7 +97,7 @@ def uninterrupted(folder: Path, overrides: list[str]) -> tuple[Path, float]:
 
 def test_killed_at_random_moments(tmp_path):
     make_world(tmp_path)
-    overrides = ["steps=40", "save_every=1", "ema.decay=0.9"]
+    overrides = ["steps=15", "save_every=1", "ema.decay=0.9"]
     whole, seconds = uninterrupted(tmp_path, overrides)
     killed_and_resumed(tmp_path, whole, 3, overrides, 0.6 * seconds)
 
