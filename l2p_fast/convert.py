@@ -90,7 +90,12 @@ def init(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """A trained delta over its base: equal keys are overwritten."""
-    delta, base = Checkpoint(args.delta), Checkpoint(args.base)
+    from .training.checkpoint import TrainedTensors, is_training_checkpoint
+
+    in_training = is_training_checkpoint(args.delta)
+    if args.ema and not in_training:
+        raise UserError(f"--ema goes with a checkpoint folder of a training run; {args.delta} is none")
+    delta, base = TrainedTensors(args.delta, args.ema) if in_training else Checkpoint(args.delta), Checkpoint(args.base)
     if delta.kind() == "lora":
         raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.checkpoint.load_lora(model, FILE)")
     base.demand("l2p")
@@ -109,7 +114,10 @@ def merge(args: argparse.Namespace) -> None:
             f"{delta.path}: {len(wrong)} tensors are misshapen ({few(wrong)}); give the base it was trained from"
         )
     dtype = DTYPE_OF[args.dtype]
-    pieces = {key: Piece.of_checkpoint(delta if key in shapes else base, key, dtype) for key in wanted}
+    pieces = {key: Piece.of_checkpoint(base, key, dtype) for key in wanted if key not in shapes}
+    pieces |= {
+        key: delta.piece(key, dtype) if in_training else Piece.of_checkpoint(delta, key, dtype) for key in shapes
+    }
     path = _prepare_out(args.out, args.overwrite, delta, base)
     _write(args, path, pieces, base.config | delta.config)
     print(f"merge: {delta.path} over {base.path}")
@@ -185,7 +193,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Overwrite the base's tensors with the trained ones of the same name. A trained tensor that the "
         "base doesn't have, or has in another shape, is an error.",
     )
-    sub.add_argument("delta", help="the trained tensors: a .safetensors file or folder")
+    sub.add_argument("delta", help="the trained tensors: a .safetensors file or folder, or a checkpoint of a training")
+    sub.add_argument("--ema", action="store_true", help="take the averaged weights of the training's checkpoint")
     sub.add_argument("--base", required=True, help="the checkpoint that training started from")
     sub.set_defaults(run=merge)
 

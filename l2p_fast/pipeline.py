@@ -534,6 +534,24 @@ def _awake(module: torch.nn.Module) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
+def load_text_encoder(source: str | os.PathLike, torch_dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The Qwen3 text encoder and the tokenizer of a folder or hub id with these two subfolders.
+
+    Raises:
+        UserError: they can't be loaded from there.
+    """
+    # By their own modules: transformers' automatic classes take seconds to import.
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+    source = os.fspath(source)
+    try:
+        tokenizer = Qwen2Tokenizer.from_pretrained(source, subfolder="tokenizer")
+        return Qwen3Model.from_pretrained(source, subfolder="text_encoder", dtype=torch_dtype), tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"can't load a Qwen3 text encoder from {source}: {str(error).splitlines()[0]}") from error
+
+
 def load_pipeline(
     model: str | os.PathLike, text_encoder: str | os.PathLike | None = None, torch_dtype: torch.dtype | None = None
 ) -> L2PPipeline:
@@ -548,10 +566,6 @@ def load_pipeline(
     Raises:
         UserError: a file that can't be used, or no text encoder.
     """
-    # By their own modules: transformers' automatic classes take seconds to import.
-    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
-
     from .checkpoint import load_model
 
     model = os.fspath(model)
@@ -559,12 +573,7 @@ def load_pipeline(
     if not is_pipeline and text_encoder is None:
         raise UserError(f"{model} holds no text encoder; name one as well, for example Tongyi-MAI/Z-Image-Turbo")
     transformer = load_model(os.path.join(model, "transformer") if is_pipeline else model, dtype=torch_dtype)
-    source = model if text_encoder is None else os.fspath(text_encoder)
-    try:
-        tokenizer = Qwen2Tokenizer.from_pretrained(source, subfolder="tokenizer")
-        encoder = Qwen3Model.from_pretrained(source, subfolder="text_encoder", dtype=transformer.dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"can't load a Qwen3 text encoder from {source}: {str(error).splitlines()[0]}") from error
+    encoder, tokenizer = load_text_encoder(model if text_encoder is None else text_encoder, transformer.dtype)
     components = {"transformer": transformer, "text_encoder": encoder, "tokenizer": tokenizer}
     if not is_pipeline:
         return L2PPipeline(scheduler=make_scheduler(), **components)

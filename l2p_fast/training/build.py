@@ -1,0 +1,80 @@
+"""The model of a run: frozen, quantized, checkpointed, sharded, loaded; in this order."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoint import Checkpoint, build_empty, load_model
+from ..errors import UserError
+from ..model import L2PTransformer2DModel
+from .config import Config
+from .freeze import freeze
+from .parallel import DTYPES, Workers, broadcast, load_sharded, shard
+from .quantize import quantize_frozen
+
+BLOCKS = ("noise_refiner", "context_refiner", "layers")
+
+
+def build(config: Config, workers: Workers) -> tuple[L2PTransformer2DModel, dict[str, nn.Parameter]]:
+    """The model ready to train, and its trained parameters by name.
+
+    Raises:
+        UserError: no base, or one that can't be used; a freeze policy that fits nothing.
+    """
+    if not config.model.base:
+        raise UserError(
+            "no model to start from; give model.base=FILE, a whole L2P checkpoint "
+            "(python -m l2p_fast.convert init makes one from a Z-Image)"
+        )
+    dtype, bits = DTYPES[config.model.weights], config.model.frozen_bits
+    if not config.parallel.fsdp:
+        model = load_model(config.model.base, dtype, workers.device)
+        freeze(model, config.freeze)
+        _quantize(model, bits, lambda _, parameter: parameter)
+    else:
+        base = Checkpoint(config.model.base)
+        base.demand("l2p")
+        model = build_empty(base.model_config()).to(dtype)
+        base.compare({key: tuple(value.shape) for key, value in model.state_dict().items()})
+        freeze(model, config.freeze)
+
+        def read(name: str, parameter: Tensor) -> Tensor:
+            value = base.tensor(name, dtype) if workers.first else None
+            return broadcast(tuple(parameter.shape), dtype, value, workers)
+
+        _quantize(model, bits, read)
+    model.local_decoder.memory_mb = config.memory.head_mb
+    if config.memory.checkpointing:
+        model.enable_gradient_checkpointing(_checkpointing(config.memory.offload_checkpoints, workers.device))
+    if config.parallel.fsdp:
+        shard(model, config, workers)
+        load_sharded(model, lambda name: base.tensor(name, dtype), workers)
+    return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
+    """Compute in ``model.compute`` with weights of another dtype; FSDP casts by its own policy."""
+    if config.model.compute == config.model.weights or config.parallel.fsdp:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def _quantize(model: nn.Module, bits: int, read) -> None:
+    if bits < 16:
+        for name in BLOCKS:
+            quantize_frozen(getattr(model, name), bits, read, f"{name}.")
+
+
+def _checkpointing(offload: bool, device: torch.device):
+    """How a block runs so that only its input is kept, with ``offload`` in CPU memory."""
+
+    def run(block: nn.Module, *args):
+        keep = torch.autograd.graph.save_on_cpu(device.type == "cuda") if offload else contextlib.nullcontext()
+        with keep:
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run

@@ -1,0 +1,184 @@
+"""What a run will take, by arithmetic: parameters by group, and bytes at the peak of a step.
+
+Weights, gradients, states and averages are counted exactly. What autograd keeps of a block is counted on a small real
+block and scaled by tokens x width, so it follows the code. Peak = what always stays + the larger of the two moments:
+the head's backward pass, or that of a block. Left out: the allocator's fragmentation, the CUDA context (about 0.5 GB).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint, build_empty
+from ..dit import ADALN_DIM, TransformerBlock, rope_tables
+from .build import BLOCKS
+from .config import Config
+from .data import shapes_of
+from .freeze import freeze, groups
+from .optim import CHUNK, state_bytes
+from .parallel import DTYPES
+from .quantize import linear_bytes
+
+TEXT_TOKENS = 512  # the longest prompt
+PIXEL_TENSORS = 6  # pictures held in fp32 at once: x0, noise, x_t, prediction, its error, its gradient
+
+
+@dataclass
+class Memory:
+    """Bytes on one device at the peak of a step, by what holds them."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    kept: int  # inputs of the blocks, or all that autograd keeps without checkpointing
+    working: int  # the larger of the head's and a block's backward pass, and the pictures
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.average + self.kept + self.working
+
+
+def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
+    """The peak of a step of the (meta) ``model``, whose parameters are frozen as the configuration says."""
+    bits, width = config.model.frozen_bits, DTYPES[config.model.weights].itemsize
+    quantized = set()
+    if bits < 16:
+        quantized = {
+            f"{name}.weight" for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(BLOCKS) and not module.weight.requires_grad
+        }  # fmt: skip
+    parameters = dict(model.named_parameters())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    weights = sum(
+        linear_bytes(tuple(p.shape), bits) if name in quantized else p.numel() * width // world
+        for name, p in parameters.items()
+    )
+    largest = max(p.numel() for p in trained)
+    if config.optim.fused:
+        gradients = largest * width
+    else:
+        gradients = sum(p.numel() for p in trained) * width // world
+    if world > 1:  # a gathered block, the one gathered ahead of it, and gradients on their way
+        compute = DTYPES[config.model.compute].itemsize
+        gradients += max(sum(p.numel() for p in block.parameters()) for block in model.layers) * (2 * compute + 4)
+    states = 0 if config.optim.offload else sum(state_bytes(p.shape, config.optim, width) for p in trained) // world
+    average = 4 * sum(p.numel() for p in trained) // world if config.ema.decay and not config.ema.device else 0
+
+    moments = [_activations(config, model, grid.tokens, grid.batch // (world * config.accumulation) or 1)
+               for grid in config.data.grids]  # fmt: skip
+    kept, working = max(moments, key=sum)
+    update = 4 * 4 * min(CHUNK, largest)  # fp32 copies of the values being updated
+    return Memory(weights, gradients, states, average, kept, max(working, update))
+
+
+def _activations(config: Config, model: nn.Module, tokens: int, batch: int) -> tuple[int, int]:
+    """(what is kept, what a backward pass works in): bytes for a batch of pictures of ``tokens`` tokens."""
+    dtype = DTYPES[config.model.compute]
+    joint = batch * (tokens + TEXT_TOKENS) * model.config.dim
+    images = batch * tokens * model.config.dim
+    texts = batch * TEXT_TOKENS * model.config.dim
+    values = joint * len(model.layers) + images * len(model.noise_refiner) + texts * len(model.context_refiner)
+    per_value, temporary = block_bytes(model.config.axes_dims, dtype)
+    if config.memory.checkpointing:
+        kept = 0 if config.memory.offload_checkpoints else values * dtype.itemsize
+        block = joint * (per_value + temporary)
+    else:
+        kept, block = values * per_value, joint * temporary
+    step = model.size_multiple // model.patch_size
+    h, w = shapes_of(tokens, config.data.max_aspect, step)[0]
+    height, width = h * model.patch_size, w * model.patch_size
+    pictures = PIXEL_TENSORS * 4 * 3 * batch * height * width
+    return int(kept), int(pictures + max(block, head_bytes(model, batch, height, width, dtype, config.memory.head_mb)))
+
+
+def head_bytes(model: nn.Module, batch: int, height: int, width: int, dtype: torch.dtype, budget_mb: float) -> int:
+    """What the Detailer Head takes for a backward pass, in bands where it would not fit whole."""
+    head = model.local_decoder
+    with torch.enable_grad():
+        pixels = torch.empty(batch, 3, height, width, device="meta")
+        banding = head.plan(pixels, dtype, memory_mb=budget_mb)
+        if banding is None:
+            return head._whole_bytes(0, batch, height, width, dtype)
+        banded, rows = banding
+        pooled = batch * (height >> banded) * (width >> banded)
+        passed_on = pooled * (head.levels[banded - 1].enc + head.levels[banded].dec) * dtype.itemsize * 2
+        inner = head._whole_bytes(banded, batch, height >> banded, width >> banded, dtype)
+        return passed_on + inner + head._band_bytes(banded, rows, width, dtype)
+
+
+def block_bytes(axes_dims: tuple[int, ...], dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes per token and channel of a block: (what autograd keeps, what its backward pass takes beside)."""
+    heads, tokens = 2, 64
+    dim = heads * sum(axes_dims)
+    block = TransformerBlock(dim, heads, 1e-5, qk_norm=True).to(dtype)
+    x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)
+    rope = rope_tables(torch.zeros(1, tokens, len(axes_dims)), axes_dims, 256.0)
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()} | {r.untyped_storage().data_ptr() for r in rope}
+    seen: dict[int, int] = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        held = block(x, rope, temb=torch.zeros(1, min(dim, ADALN_DIM), dtype=dtype))
+    kept = sum(seen.values()) / (tokens * dim)
+    del held
+    return kept, 4 * 8 / 3 * dtype.itemsize  # four gradients of the feed-forward's width
+
+
+def plan(config: Config, processes: int = 1, device_gb: float | None = None) -> str:
+    """The dry run's text: parameters by group, memory, and whether it fits.
+
+    Raises:
+        UserError: a base that can't be read, a freeze policy that fits nothing.
+    """
+    path, patch = config.model.base, config.model.patch_size
+    if path and Path(path).exists():
+        base = Checkpoint(path)
+        base.demand("l2p")
+        model, what = build_empty(base.model_config()), path
+    else:
+        model, what = build_empty({"all_patch_size": (patch,)}), f"the published one of patch {patch}"
+        what += f" ({path} is not there)" if path else ""
+    trained = set(freeze(model, config.freeze))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    lines = [f"model      {what}: {_count(sum(sizes.values()))} parameters",
+             f"trained    {_count(sum(sizes[n] for n in trained))}: {config.freeze.policy}, n = {config.freeze.n}",
+             f"{'':11}{'group':<18}{'trained':>12}{'frozen':>12}"]  # fmt: skip
+    for group, names in groups(list(sizes)).items():
+        counts = [sum(sizes[n] for n in names if (n in trained) == yes) for yes in (True, False)]
+        lines.append(f"{'':11}{group:<18}{_count(counts[0]):>12}{_count(counts[1]):>12}")
+    world = processes if config.parallel.fsdp else 1
+    memory = expected(config, model, world)
+    lines.append(f"memory     of each of {world} devices" if world > 1 else "memory")
+    for name in ("weights", "gradients", "optimizer", "average", "kept", "working", "total"):
+        lines.append(f"{'':11}{name:<18}{getattr(memory, name) / 1e9:>9.2f} GB")
+    available, device = _device_memory(device_gb)
+    verdict = "fits" if memory.total < 0.97 * available else "does not fit"
+    lines.append(f"device     {device}, {available / 1e9:.1f} GB: {verdict}")
+    return "\n".join(lines)
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.3f} G" if n >= 1e9 else f"{n / 1e6:.2f} M" if n >= 1e6 else f"{n / 1e3:.1f} k"
+
+
+def _device_memory(given_gb: float | None) -> tuple[float, str]:
+    if given_gb is not None:
+        return given_gb * 1e9, "a device as given"
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
+    import os
+
+    if not hasattr(os, "sysconf"):
+        return math.inf, "the CPU"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "the CPU"

@@ -1,0 +1,152 @@
+"""What a run shows: a JSON line a step, TensorBoard or W&B, a progress bar, sample sheets. The first process alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import flow
+from ..errors import UserError
+from ..files import atomic_path
+from ..pipeline import pixels_to_images
+from .build import autocast
+from .config import Config, as_dict
+from .data import Features
+from .objective import SIGMA_BUCKETS, generator
+from .parallel import Workers
+
+LOG = "log.jsonl"
+
+
+def read_log(folder: Path, until: int | None = None) -> list[dict]:
+    """The lines of a run's log up to a step; what a killed run half wrote is left out."""
+    lines = []
+    path = Path(folder) / LOG
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if until is None or line["step"] <= until:
+            lines.append(line)
+    return lines
+
+
+class Monitor:
+    """Use as a context around the loop. Lines of steps after ``done``, from a run that was killed, are dropped.
+
+    Raises:
+        UserError: W&B was asked for and is not installed.
+    """
+
+    def __init__(self, folder: Path, config: Config, done: int, workers: Workers):
+        self.first, self.device, self.total = workers.first, workers.device, config.steps
+        self.log = self.board = self.bar = None
+        self.smooth = None
+        if not self.first:
+            return
+        kept = read_log(folder, done)
+        with atomic_path(folder / LOG) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.log = open(folder / LOG, "a")
+        if config.log.board == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
+            except ImportError:
+                self.say(f"TensorBoard is not installed (pip install tensorboard): curves are in {folder / LOG} alone")
+        elif config.log.board == "wandb":
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("log.board=wandb needs wandb: pip install wandb, or log.board=tensorboard") from error
+            self.board = wandb.init(dir=folder, project="l2p_fast", name=folder.name, config=as_dict(config))
+        self.bar = tqdm(total=config.steps, initial=done, unit="step", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for part in (self.bar, self.log, self.board):
+            if part is not None:
+                (part.finish if hasattr(part, "finish") else part.close)()
+
+    def say(self, text: str) -> None:
+        if self.first:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(
+        self, step: int, *, loss: float, of_sigma: Tensor, norm: float, lr: float, epoch: float, seconds: float,
+        skipped: int, bad: int, bad_names: list[str],
+    ) -> None:  # fmt: skip
+        """Tell of a step. ``of_sigma`` (2, buckets): sums of losses by noise level, and how many."""
+        if bad_names:  # every process names its own
+            tqdm.write(f"step {step}: can't read {', '.join(bad_names)}; skipped", file=sys.stderr)
+        if not self.first:
+            return
+        images = int(of_sigma[1].sum())
+        by_sigma = {
+            f"{i / SIGMA_BUCKETS:g}-{(i + 1) / SIGMA_BUCKETS:g}": (of_sigma[0, i] / of_sigma[1, i]).item()
+            for i in range(SIGMA_BUCKETS)
+            if of_sigma[1, i]
+        }
+        line = {
+            "step": step, "loss": loss, "loss_by_sigma": by_sigma, "grad_norm": norm, "lr": lr, "images": images,
+            "epoch": round(epoch, 4), "seconds": round(seconds, 4), "images_per_second": round(images / seconds, 3),
+            "memory_gb": round(peak_bytes(self.device) / 1e9, 3), "skipped_steps": skipped, "bad_images": bad,
+        }  # fmt: skip
+        self.log.write(json.dumps(line) + "\n")
+        self.log.flush()
+        numbers = {k: v for k, v in line.items() if k not in ("step", "loss_by_sigma")}
+        numbers |= {f"loss_by_sigma/{k}": v for k, v in by_sigma.items()}
+        if hasattr(self.board, "add_scalar"):
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+        elif self.board is not None:
+            self.board.log(numbers, step=step)
+        self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
+        self.bar.update(1)
+        self.bar.set_postfix_str(
+            f"{line['images_per_second']:.2f} images/s, loss {self.smooth:.4f}, {line['memory_gb']:.1f} GB"
+        )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the CUDA allocator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@torch.no_grad()
+def sample_sheet(model: nn.Module, features: Features, config: Config, workers: Workers, path: Path) -> None:
+    """Draw ``log.prompts`` side by side, each with the same noise at every call. All processes take part."""
+    log, shift, pictures = config.log, config.objective.shift, []
+    for number, prompt in enumerate(log.prompts):
+        x = torch.randn((1, 3, log.height, log.width), generator=generator("sample", number)).to(workers.device)
+        levels = flow.sigmas(log.sample_steps, shift).tolist()
+        texts = [features[text].to(workers.device) for text in (prompt, "")]
+        for sigma, after in zip(levels[:-1], levels[1:], strict=True):
+            with autocast(config, workers.device):
+                t = torch.full((1,), 1 - sigma, device=workers.device)
+                v_pos, v_neg = (flow.velocity(model(x, t, [text]).float()) for text in texts)
+            x = flow.euler_step(x, flow.guide(v_pos, v_neg, log.guidance), sigma, after)
+        pictures += pixels_to_images(x.cpu(), "pil")
+    if config.parallel.fsdp:
+        model.reshard()
+    if workers.first and pictures:
+        sheet = Image.new("RGB", (log.width * len(pictures), log.height))
+        for number, picture in enumerate(pictures):
+            sheet.paste(picture, (number * log.width, 0))
+        with atomic_path(path) as temporary:
+            sheet.save(temporary)

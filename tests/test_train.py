@@ -1,0 +1,144 @@
+"""A whole training, tiny: what is frozen stays, what saves memory changes nothing, what it writes can be used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
+
+from tiny_training import PICTURES, curve, tiny_model, world_in
+
+from l2p_fast import convert, plot
+from l2p_fast.checkpoint import Checkpoint, load_model
+from l2p_fast.errors import UserError
+from l2p_fast.training import checkpoint as checkpoints
+from l2p_fast.training.monitor import read_log
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def world(tmp_path):
+    with world_in(tmp_path) as made:
+        yield made
+
+
+def frozen_and_trained(model, trained):
+    state = model.state_dict()
+    return [k for k in state if k not in trained], [k for k in state if k in trained]
+
+
+@pytest.mark.parametrize("policy", ["paper", "published", "full"])
+def test_frozen_blocks_stay_bit_for_bit(world, policy):
+    run, folder = world
+    assert run(f"freeze.policy={policy}", "steps=2") == 0
+    trained = load_file(folder / "run" / "trained.safetensors")
+    before = tiny_model().state_dict()
+    assert set(trained) < set(before) if policy != "full" else set(trained) == set(before)
+    assert any(key.startswith("layers.1.") for key in trained) == (policy == "full")
+    out = folder / "merged.safetensors"
+    convert.main(["merge", str(folder / "run/trained.safetensors"), "--base", str(folder / "base.safetensors"),
+                  "--out", str(out)])  # fmt: skip
+    after = load_model(out).state_dict()
+    for key, value in before.items():
+        assert torch.equal(after[key], value) == (key not in trained), key
+
+
+def test_it_learns(world):
+    run, folder = world
+    run("steps=60", "objective.grid=1", "optim.lr=1e-2", "ema.decay=0.9", "save_every=100")  # from pure noise
+    losses = [loss for _, loss, _ in curve(folder / "run")]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    lines = read_log(folder / "run")
+    assert lines[-1]["epoch"] == 60 * 2 / PICTURES and lines[0]["images"] == 2
+    assert all(0 <= float(k.split("-")[0]) < 1 for line in lines for k in line["loss_by_sigma"])
+    averaged = load_file(folder / "run" / "trained-ema.safetensors")
+    trained = load_file(folder / "run" / "trained.safetensors")
+    assert averaged.keys() == trained.keys() and any(not torch.equal(averaged[k], trained[k]) for k in trained)
+
+
+def test_a_checkpoint_merges_like_the_trained_tensors(world):
+    run, folder = world
+    run("steps=2", "ema.decay=0.5")
+    [place] = checkpoints.complete(folder / "run")
+    base = str(folder / "base.safetensors")
+    for name, flags in (("trained", []), ("trained-ema", ["--ema"])):
+        outs = [folder / f"{name}-{i}.safetensors" for i in (0, 1)]
+        convert.main(["merge", str(folder / "run" / f"{name}.safetensors"), "--base", base, "--out", str(outs[0])])
+        convert.main(["merge", str(place), "--base", base, *flags, "--out", str(outs[1])])
+        assert outs[0].read_bytes() == outs[1].read_bytes()
+        Checkpoint(outs[1]).demand("l2p")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ["accumulation=2"],
+        ["memory.checkpointing=false", "memory.head_mb=1"],
+        ["memory.offload_checkpoints=true"],
+        ["optim.fused=true"],
+        ["optim.offload=true"],
+    ],
+    ids=" ".join,
+)
+def test_ways_to_save_memory_change_nothing(world, setting):
+    run, folder = world
+    run("steps=3")
+    run("steps=3", f"run={folder / 'other'}", *setting)
+    for ours, theirs in zip(curve(folder / "run"), curve(folder / "other"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_frozen_blocks_in_few_bits_pass_gradients_on(world, bits):
+    pytest.importorskip("bitsandbytes", reason="pip install l2p_fast[train]")
+    run, folder = world
+    run("steps=3")
+    run("steps=3", f"run={folder / 'other'}", f"model.frozen_bits={bits}")
+    trained = load_file(folder / "other" / "trained.safetensors")
+    start = tiny_model().state_dict()
+    assert all(not torch.equal(trained[key], start[key]) for key in trained if key.startswith("all_x_embedder"))
+    for (_, ours, norm), (_, theirs, other) in zip(curve(folder / "run"), curve(folder / "other"), strict=True):
+        assert theirs == pytest.approx(ours, rel=0.02) and other == pytest.approx(norm, rel=0.1)
+
+
+def test_bf16_and_8_bits(world):
+    pytest.importorskip("bitsandbytes", reason="pip install l2p_fast[train]")
+    run, folder = world
+    run("model.weights=bfloat16", "model.compute=bfloat16", "optim.kind=adamw8bit", "optim.fused=true", "steps=4")
+    assert all(value.dtype == torch.bfloat16 for value in load_file(folder / "run/trained.safetensors").values())
+    assert len(curve(folder / "run")) == 4
+
+
+def test_sample_sheets_and_plots(world):
+    from PIL import Image
+
+    run, folder = world
+    run("steps=2", "log.sample_every=2", "log.prompts=[picture 1, picture 2]", "log.sample_steps=2", "log.height=32",
+        "log.width=48")  # fmt: skip
+    assert Image.open(folder / "run/samples/step-00000002.png").size == (96, 32)
+    pytest.importorskip("matplotlib", reason="pip install l2p_fast[train]")
+    assert plot.main([str(folder / "run")]) == 0
+    assert Image.open(folder / "run" / "curves.png").size[0] > 400
+    with pytest.raises(UserError, match="no log.jsonl"):
+        plot.main([str(folder)])
+
+
+def test_dry_run_of_a_run_to_be(world, capsys):
+    run, folder = world
+    assert run("--dry-run") == 0
+    text = capsys.readouterr().out
+    count = sum(p.numel() for p in tiny_model().parameters())
+    assert f"{count / 1e3:.1f} k parameters" in text and "all_x_embedder" in text and "fits" in text
+    assert not (folder / "run").exists()
+
+
+def test_the_command_line_shows_one_line(tmp_path):
+    command = [sys.executable, "-m", "l2p_fast.train", "optim.kid=x"]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 2 and said.stderr.strip() == "error: unknown setting optim.kid; did you mean kind?"

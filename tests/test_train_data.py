@@ -1,0 +1,199 @@
+"""Layouts, buckets, order, unreadable pictures, cached features."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
+
+from l2p_fast.errors import UserError
+from l2p_fast.training.config import DataConfig, GridConfig, ObjectiveConfig
+from l2p_fast.training.data import Features, Stream, list_pictures, make_buckets, make_features, shapes_of
+
+
+def picture(number: int, width: int = 32, height: int = 32) -> Image.Image:
+    """All of one color: its red tells which one it is."""
+    return Image.fromarray(np.full((height, width, 3), (number, 100, 200), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "png")
+    return out.getvalue()
+
+
+def write_csv(folder, count=6, size=lambda i: (32, 32)):
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        picture(i, *size(i)).save(folder / f"{i}.png")
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "prompt", "seed"), *((f"{i}.png", f"p{i}", i) for i in range(count))])
+    return folder
+
+
+def write_imagefolder(folder, count=6):
+    write_csv(folder, count)
+    (folder / "metadata.csv").unlink()
+    rows = [{"file_name": f"{i}.png", "text": f"p{i}", "seed": i} for i in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def write_shards(folder, count=6):
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(shard * count // 2, (shard + 1) * count // 2):
+                about = {"json": json.dumps({"caption": f"p{i}", "seed": i})} if shard else {"txt": f"p{i}\n"}
+                for suffix, data in {"png": png(picture(i)), **{k: v.encode() for k, v in about.items()}}.items():
+                    member = tarfile.TarInfo(f"part/{i:03d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_csv, write_imagefolder, write_shards])
+def test_layouts_hold_the_same(tmp_path, write):
+    pictures = list_pictures(DataConfig(path=str(write(tmp_path / "d"))))
+    assert [p.prompt for p in pictures] == [f"p{i}" for i in range(6)]
+    assert [p.seed for p in pictures][3:] == [3, 4, 5]
+    for i, p in enumerate(pictures):
+        pixels = p.load(16, 48)
+        assert pixels.shape == (3, 16, 48) and pixels.dtype == torch.float32
+        torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([i, 100, 200]) / 127.5 - 1)
+
+
+def test_a_truncated_shard_gives_what_lies_before(tmp_path):
+    shard = write_shards(tmp_path / "d") / "1.tar"
+    shard.write_bytes(shard.read_bytes()[: 512 * 7])
+    assert 3 < len(list_pictures(DataConfig(path=str(tmp_path / "d")))) < 6
+
+
+def test_wrong_data(tmp_path):
+    with pytest.raises(UserError, match="no training data"):
+        list_pictures(DataConfig())
+    with pytest.raises(UserError, match="holds no metadata.csv"):
+        list_pictures(DataConfig(path=str(tmp_path)))
+    (tmp_path / "metadata.csv").write_text("image,seed\na.png,1\n")
+    with pytest.raises(UserError, match="picture 1: wanted image"):
+        list_pictures(DataConfig(path=str(tmp_path)))
+    (tmp_path / "metadata.csv").write_text("image,prompt,seed\na.png,x,often\n")
+    with pytest.raises(UserError, match="whole number"):
+        list_pictures(DataConfig(path=str(tmp_path)))
+    (tmp_path / "metadata.csv").write_text("image,prompt,seed\n")
+    with pytest.raises(UserError, match="names no pictures"):
+        list_pictures(DataConfig(path=str(tmp_path)))
+
+
+def test_shapes_of_a_token_count():
+    assert shapes_of(4096, 1.0) == [(64, 64)]
+    shapes = shapes_of(4096, 2.0)
+    assert shapes[0] == (64, 64) and all(0.9 * 4096 <= h * w <= 4096 and max(h / w, w / h) <= 2 for h, w in shapes)
+    assert {(w, h) for h, w in shapes} == set(shapes)
+    assert all(h % 2 == 0 and w % 2 == 0 for h, w in shapes_of(4096, 2.0, step=2))
+    with pytest.raises(UserError, match="fewer than"):
+        shapes_of(3, 1.0, step=2)
+
+
+def stream(folder, batch=2, world=1, rank=0, accumulation=1, **config):
+    config = DataConfig(path=str(folder), workers=1, **{"grids": [GridConfig(tokens=4, batch=batch)], **config})
+    pictures, bad = list_pictures(config), set()
+    buckets = make_buckets(pictures, config, 1, bad, 1)
+    return Stream(pictures, buckets, config, ObjectiveConfig(), 16, 0, rank, world, accumulation, bad)
+
+
+def test_aspects_go_to_their_buckets(tmp_path):
+    folder = write_csv(tmp_path / "d", 9, lambda i: [(32, 32), (64, 32), (30, 66)][i % 3])
+    s = stream(folder, batch=1, max_aspect=2.0, grids=[GridConfig(tokens=32, batch=1)])
+    found = {}
+    for _ in range(12):
+        [batch] = s.next()
+        height, width = batch.pixels.shape[-2:]
+        found.setdefault(int(batch.prompts[0][1:]) % 3, set()).add((height > width) - (height < width))
+    assert found == {0: {0}, 1: {-1}, 2: {1}}
+
+
+def test_every_epoch_shows_every_picture_once(tmp_path):
+    s = stream(write_csv(tmp_path / "d"))
+    epochs = [[p for _ in range(3) for p in s.next()[0].prompts] for _ in range(3)]
+    assert all(sorted(epoch) == [f"p{i}" for i in range(6)] for epoch in epochs)
+    assert epochs[0] != epochs[1] and s.epoch == 3.0
+
+
+def test_processes_and_passes_share_a_batch(tmp_path):
+    folder = write_csv(tmp_path / "d", 9)
+    [whole] = stream(folder, batch=4).next()
+    parts = [stream(folder, batch=4, world=2, rank=r, accumulation=2).next() for r in (0, 1)]
+    ordered = [parts[r][n] for n in (0, 1) for r in (0, 1)]
+    for name in ("pixels", "noise", "sigma"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(b, name) for b in ordered]))
+    with pytest.raises(UserError, match="multiple of 3"):
+        stream(folder, batch=4, world=3)
+
+
+def test_position_is_state(tmp_path):
+    folder = write_csv(tmp_path / "d")
+    one = stream(folder)
+    for _ in range(4):
+        one.next()
+    state = json.loads(json.dumps(one.state()))
+    other = stream(folder)
+    other.restore(state)
+    for _ in range(3):
+        [a], [b] = one.next(), other.next()
+        assert a.prompts == b.prompts and torch.equal(a.noise, b.noise) and torch.equal(a.sigma, b.sigma)
+
+
+def test_unreadable_pictures_are_named_and_skipped(tmp_path):
+    folder = write_csv(tmp_path / "d", 10)
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
+    (folder / "5.png").unlink()
+    s = stream(folder, max_bad_share=0.2)
+    prompts = [p for _ in range(5) for p in s.next()[0].prompts]
+    assert len(prompts) == 10 and not {"p3", "p5"} & set(prompts)
+    assert [name.rsplit("/")[-1] for name in s.new_bad()] == ["3.png", "5.png"] and s.new_bad() == []
+    strict = stream(folder, max_bad_share=0.1)
+    with pytest.raises(UserError, match="2 of 10 pictures can't be read .*3.png"):
+        for _ in range(5):
+            strict.next()
+    s = stream(folder, max_bad_share=0.2, max_aspect=1.5)  # found when the buckets are made
+    assert len(s.bad) == 2
+
+
+def test_dropped_captions(tmp_path):
+    s = stream(write_csv(tmp_path / "d"), caption_dropout=0.5)
+    prompts = [p for _ in range(60) for p in s.next()[0].prompts]
+    assert 30 < prompts.count("") < 90
+
+
+def test_features(tmp_path):
+    features = Features(tmp_path)
+    assert features.missing(["a", "b", "a"]) == ["a", "b"]
+    with pytest.raises(UserError, match="give data.text_encoder"):
+        make_features(features, ["a"], "", torch.device("cpu"))
+    values = [torch.randn(3, 4), torch.randn(5, 4)]
+    features.add(["a", "b"], values)
+    features.refresh()
+    assert features.missing(["a", "b", "c"]) == ["c"] and torch.equal(features["b"], values[1])
+
+
+def test_features_are_the_text_encoders(tmp_path):
+    from tiny_pipeline import tiny_text_encoder, tiny_tokenizer
+
+    from l2p_fast.text import encode_prompts
+
+    tiny_text_encoder().save_pretrained(tmp_path / "z" / "text_encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "z" / "tokenizer")
+    features = Features(tmp_path / "f")
+    make_features(features, ["a cat", ""], str(tmp_path / "z"), torch.device("cpu"))
+    features.refresh()
+    [wanted] = encode_prompts(tiny_text_encoder(), tiny_tokenizer(), ["a cat"])
+    torch.testing.assert_close(features["a cat"], wanted)

@@ -1,0 +1,98 @@
+"""Two processes (gloo, CPU) train as one does, and each goes on where the other stopped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
+
+from tiny_training import curve, make_world, run_ranks
+
+from l2p_fast import convert
+from l2p_fast.checkpoint import Checkpoint
+from l2p_fast.train import main
+from l2p_fast.training import checkpoint as checkpoints
+
+torch.set_num_threads(1)
+KINDS = [("adamw", 1e-5), ("adamw8bit", 1e-3)]
+
+
+def close(ours, theirs, tolerance):
+    ours, theirs = curve(ours), curve(theirs)
+    assert len(ours) == len(theirs)
+    for (step, loss, _), (_, other, _) in zip(ours, theirs, strict=True):
+        assert abs(loss - other) < tolerance, f"step {step}: {loss} and {other}"
+
+
+def needs(kind):
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="pip install l2p_fast[train]")
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
+def test_two_processes_train_as_one(tmp_path, kind, tolerance):
+    needs(kind)
+    config = make_world(tmp_path)
+    settings = [f"optim.kind={kind}", "steps=20", "save_every=100", "optim.clip=1", "data.grids.0.batch=4"]
+    main([str(config), *settings, f"run={tmp_path / 'one'}"])
+    run_ranks(2, [config, *settings, "accumulation=2", f"run={tmp_path / 'two'}"], tmp_path / "log")
+    close(tmp_path / "one", tmp_path / "two", tolerance)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
+@pytest.mark.parametrize("first", [1, 2])
+def test_saved_on_some_processes_resumed_on_others(tmp_path, kind, tolerance, first):
+    needs(kind)
+    config = make_world(tmp_path)
+    settings = [f"optim.kind={kind}", "save_every=100", "ema.decay=0.9", f"run={tmp_path / 'changed'}"]
+    whole = [*settings[:-1], f"run={tmp_path / 'whole'}", "steps=8"]
+    main([str(config), *whole])
+    for world, steps in ((first, 4), (3 - first, 8)):
+        if world == 1:
+            main([str(config), *settings, f"steps={steps}"])
+        else:
+            run_ranks(2, [config, *settings, f"steps={steps}"], tmp_path / "log")
+    assert checkpoints.read_state(checkpoints.complete(tmp_path / "changed")[-1])["world"] == 3 - first
+    close(tmp_path / "whole", tmp_path / "changed", tolerance)
+    for name in ("trained", "trained-ema"):
+        ours, theirs = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("changed", "whole"))
+        assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in theirs)
+    out = tmp_path / "merged.safetensors"
+    place = checkpoints.complete(tmp_path / "changed")[-1]
+    convert.main(["merge", str(place), "--base", str(tmp_path / "base.safetensors"), "--out", str(out)])
+    Checkpoint(out).demand("l2p")
+
+
+def test_states_move_between_processes_bit_for_bit(tmp_path):
+    """8-bit states of two processes, read by one, are the bytes that the two wrote."""
+    needs("adamw8bit")
+    config = make_world(tmp_path)
+    settings = ["optim.kind=adamw8bit", "save_every=100", f"run={tmp_path / 'run'}"]
+    run_ranks(2, [config, *settings, "steps=3"], tmp_path / "log")
+    [place] = checkpoints.complete(tmp_path / "run")
+    held = checkpoints.index(place)
+    eight = [name for name in held if name.endswith(".m_scale")]
+    assert eight and all(held[n.removesuffix("_scale")].properties.dtype == torch.uint8 for n in eight)
+    assert all(len(held[name].chunks) == 2 for name in eight)  # both wrote their rows
+
+
+def test_a_process_reads_fused_quantized_bf16(tmp_path):
+    needs("adamw8bit")
+    config = make_world(tmp_path)
+    settings = ["model.weights=bfloat16", "model.compute=bfloat16", "optim.kind=adamw8bit", "optim.fused=true",
+                "model.frozen_bits=8", "steps=4", "log.sample_every=3", "log.prompts=[picture 1]", "log.sample_steps=1",
+                "log.height=32", "log.width=32"]  # fmt: skip
+    main([str(config), *settings, f"run={tmp_path / 'one'}"])
+    run_ranks(2, [config, *settings, f"run={tmp_path / 'two'}"], tmp_path / "log")
+    close(tmp_path / "one", tmp_path / "two", 0.02)
+    assert (tmp_path / "two/samples/step-00000003.png").exists()
+
+
+def test_fp32_weights_with_bf16_products(tmp_path):
+    config = make_world(tmp_path)
+    settings = ["model.compute=bfloat16", "steps=3", "freeze.policy=published"]
+    main([str(config), *settings, f"run={tmp_path / 'one'}"])
+    run_ranks(2, [config, *settings, "--hybrid", f"run={tmp_path / 'two'}"], tmp_path / "log")
+    close(tmp_path / "one", tmp_path / "two", 0.02)

@@ -1,0 +1,252 @@
+"""A training that is stopped, killed or can't write goes on, or says what is wrong; what was saved stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
+
+from tiny_training import CONTEXT, child, curve, make_world, start, tiny_model, world_in
+
+from l2p_fast import train
+from l2p_fast.errors import UserError
+from l2p_fast.training import checkpoint as checkpoints
+from l2p_fast.training.config import load_config
+from l2p_fast.training.monitor import read_log
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def world(tmp_path):
+    with world_in(tmp_path) as made:
+        yield made
+
+
+def test_resuming_is_as_if_it_had_not_stopped(world):
+    run, folder = world
+    settings = ["ema.decay=0.9", "objective.noise=fresh", "optim.warmup=3"]
+    run(*settings, "steps=7")
+    run(*settings, "steps=3", "save_every=10", f"run={folder / 'other'}")
+    run(*settings, "steps=7", f"run={folder / 'other'}")
+    assert curve(folder / "run") == curve(folder / "other")
+    for name in ("trained", "trained-ema"):
+        assert (folder / f"run/{name}.safetensors").read_bytes() == (folder / f"other/{name}.safetensors").read_bytes()
+
+
+def test_only_the_last_checkpoints_are_kept(world):
+    run, folder = world
+    run("steps=7", "keep=2")
+    assert [path.name for path in checkpoints.complete(folder / "run")] == ["step-00000006", "step-00000007"]
+    assert len(list((folder / "run/checkpoints").iterdir())) == 2
+    for resume in ("none", folder / "run/checkpoints/step-00000006"):
+        with pytest.raises(UserError, match="holds a later checkpoint"):
+            run("steps=8", f"--resume={resume}")
+
+
+def test_a_run_can_start_from_anothers_checkpoint(world):
+    run, folder = world
+    run("steps=6")
+    run("steps=6", f"run={folder / 'other'}", f"--resume={folder / 'run/checkpoints/step-00000004'}")
+    assert curve(folder / "run")[4:] == curve(folder / "other")
+
+
+def killed_and_resumed(folder: Path, whole: Path, kills: int, overrides: list[str], longest: float) -> None:
+    """Kill a run at random moments until it has been killed ``kills`` times; its end must be that of ``whole``."""
+    rng = random.Random(0)
+    argv = [folder / "config.yaml", f"run={folder / 'killed'}", *overrides]
+    done = 0
+    while done < kills:
+        process = start(argv, folder / "log")
+        process.join(rng.uniform(0.05, longest))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            done += 1
+        else:
+            assert process.exitcode == 0, (folder / "log").read_text()
+            break
+    process = start(argv, folder / "log")
+    process.join(600)
+    assert process.exitcode == 0, (folder / "log").read_text()
+    assert done, "the run ended before it could be killed"
+    assert curve(folder / "killed") == curve(whole)
+    ours, theirs = (load_file(run / "trained.safetensors") for run in (folder / "killed", whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def uninterrupted(folder: Path, overrides: list[str]) -> tuple[Path, float]:
+    """(the run's folder, seconds it took)."""
+    began = time.monotonic()
+    process = start([folder / "config.yaml", *overrides], folder / "log")
+    process.join(600)
+    assert process.exitcode == 0, (folder / "log").read_text()
+    return folder / "run", time.monotonic() - began
+
+
+def test_killed_at_random_moments(tmp_path):
+    make_world(tmp_path)
+    overrides = ["steps=15", "save_every=1", "ema.decay=0.9"]
+    whole, seconds = uninterrupted(tmp_path, overrides)
+    killed_and_resumed(tmp_path, whole, 3, overrides, 0.6 * seconds)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install l2p_fast[train]")
+    make_world(tmp_path)
+    overrides = ["steps=250", "save_every=1", "ema.decay=0.9", "optim.kind=adamw8bit"]
+    whole, seconds = uninterrupted(tmp_path, overrides)
+    killed_and_resumed(tmp_path, whole, 20, overrides, seconds / 12)
+
+
+def test_sigterm_saves_and_ends_well(tmp_path):
+    make_world(tmp_path)
+    argv = [tmp_path / "config.yaml", "steps=100000", "save_every=100000"]
+    process = start(argv, tmp_path / "log")
+    began = time.monotonic()
+    while len(read_log(tmp_path / "run")) < 3:
+        assert process.exitcode is None and time.monotonic() - began < 100, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    [place] = checkpoints.complete(tmp_path / "run")
+    assert checkpoints.read_state(place)["step"] == len(read_log(tmp_path / "run"))
+    assert "stopped by a signal" in (tmp_path / "log").read_text()
+
+
+def limited(argv, log, limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    child(argv, log, {})
+
+
+def test_a_full_disk(world):
+    """No file may grow past a limit, which is how a full disk looks to a process."""
+    run, folder = world
+    run("steps=2")
+    size = max(path.stat().st_size for path in (folder / "run/checkpoints").rglob("*"))
+    process = CONTEXT.Process(
+        target=limited,
+        args=([str(folder / "config.yaml"), "steps=4", "log.board=none"], str(folder / "log"), size // 2),
+    )
+    process.start()
+    process.join(100)
+    said = (folder / "log").read_text()
+    assert process.exitcode == 2 and said.count("error:") == 1 and "Traceback" not in said, said
+    assert "can't write the checkpoint" in said and "earlier checkpoints are whole" in said
+    [place] = checkpoints.complete(folder / "run")
+    assert place.name == "step-00000002" and list(place.parent.iterdir()) == [place]
+    assert run("steps=4") == 0
+
+
+def test_an_unwritable_folder(world):
+    run, folder = world
+    (folder / "file").write_text("")
+    with pytest.raises(UserError, match="can't write .*file"):
+        run(f"run={folder / 'file' / 'run'}")
+
+
+def test_a_loss_that_is_not_finite(world, monkeypatch):
+    run, folder = world
+    run("steps=2", "save_every=2")
+    real, calls = train.losses, []
+
+    def sometimes(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) in (1, 3, 4) else 1.0)
+
+    monkeypatch.setattr(train, "losses", sometimes)
+    with pytest.raises(UserError, match="step 6: .* not finite 2 steps in a row"):
+        run("steps=20", "save_every=2", "optim.max_skipped=2")
+    steps = [path.name for path in checkpoints.complete(folder / "run")]
+    assert steps == ["step-00000002", "step-00000004"]
+    state = checkpoints.read_state(checkpoints.complete(folder / "run")[-1])
+    assert (state["step"], state["updates"], state["skipped"], state["skipped_in_row"]) == (4, 3, 1, 0)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(world, monkeypatch):
+    run, folder = world
+    monkeypatch.setattr(train, "losses", lambda model, *a: model.local_decoder.out_conv.bias[:2] * float("inf"))
+    with pytest.raises(UserError, match="not finite 10 steps in a row"):
+        run("steps=50")
+    held = checkpoints.TrainedTensors(checkpoints.complete(folder / "run")[-1])
+    before = tiny_model().state_dict()
+    for key in held.shapes:
+        assert torch.equal(next(held.piece(key).chunks(torch.float32)), before[key])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("freeze.n=0", "made with freeze = "),
+        ("ema.decay=0.5", "made with ema.decay = 0.0, now it is 0.5"),
+        ("seed=4", "made with seed"),
+        ("optim.rounding=masters", "made with optim.rounding"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration(world, override, says):
+    run, folder = world
+    run("steps=2")
+    before = sorted((p, p.stat().st_mtime_ns) for p in (folder / "run/checkpoints").rglob("*"))
+    with pytest.raises(UserError, match=says):
+        run("steps=4", override)
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (folder / "run/checkpoints").rglob("*"))
+
+
+def test_a_damaged_checkpoint(world):
+    run, folder = world
+    run("steps=2")
+    [place] = checkpoints.complete(folder / "run")
+    for content in (b"nothing", pickle.dumps(os.getcwd)):
+        (place / ".metadata").write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            run("steps=4")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        run("steps=4", f"--resume={folder}")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.base=", "no model to start from"),
+        ("model.base=nowhere.safetensors", "nowhere.safetensors"),
+        ("data.path=", "no training data"),
+        ("data.features=none", "give data.text_encoder"),
+        ("run=", "no folder for the run"),
+        ("device=quantum", "no device 'quantum'"),
+        ("device=cuda:99", "no CUDA device"),
+    ],
+)
+def test_what_is_missing(world, override, says, monkeypatch):
+    run, folder = world
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=says):
+        run(override)
+
+
+def test_several_processes_need_fsdp(world, monkeypatch):
+    run, _ = world
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="add --fsdp"):
+        run()
+
+
+def test_state_is_plain_json(world):
+    run, folder = world
+    run("steps=2")
+    [place] = checkpoints.complete(folder / "run")
+    state = json.loads((place / checkpoints.STATE).read_text())
+    assert state["data"]["step"] == 2
+    assert load_config(folder / "run" / "config.yaml").steps == 2
