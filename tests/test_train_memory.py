@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -17,8 +18,7 @@ from l2p_fast.training.memory import block_bytes
 # Peak memory of a training beyond what the process held before it had a model. A thread measures what is resident.
 MEASURE = """
 import json, sys, threading, time
-import torch
-from l2p_fast import flow, train
+import bitsandbytes, torch
 from l2p_fast.checkpoint import build_empty
 from l2p_fast.training import memory
 from l2p_fast.training.config import load_config
@@ -91,7 +91,7 @@ def test_predicted_peak_is_the_measured_one(name):
     settings = ["model.weights=float32", "model.compute=float32", "data.grids=[{tokens: 256, batch: 1}]",
                 *SETTINGS[name]]  # fmt: skip
     said = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(settings)], capture_output=True, text=True,
-                          env={**__import__("os").environ, "MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
+                          env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
     assert said.returncode == 0, said.stderr
     told, measured, parts = json.loads(said.stdout.splitlines()[-1])
     assert told == pytest.approx(measured, rel=0.1), f"told {told / 1e6:.0f} MB, took {measured / 1e6:.0f} MB: {parts}"

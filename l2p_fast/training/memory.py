@@ -38,10 +38,13 @@ class Memory:
     average: int
     kept: int  # inputs of the blocks, or all that autograd keeps without checkpointing
     working: int  # the larger of the head's and a block's backward pass, and the pictures
+    accumulated: bool = False  # gradients of an earlier pass are there from the start
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.kept + self.working
+        """Gradients grow as what is kept shrinks, so without accumulation the larger of the two counts."""
+        passing = (sum if self.accumulated else max)((self.gradients, self.kept))
+        return self.weights + self.optimizer + self.average + passing + self.working
 
 
 def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
@@ -74,7 +77,7 @@ def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
                for grid in config.data.grids]  # fmt: skip
     kept, working = max(moments, key=sum)
     update = 4 * 4 * min(CHUNK, largest)  # fp32 copies of the values being updated
-    return Memory(weights, gradients, states, average, kept, max(working, update))
+    return Memory(weights, gradients, states, average, kept, max(working, update), config.accumulation > 1)
 
 
 def _activations(config: Config, model: nn.Module, tokens: int, batch: int) -> tuple[int, int]:
@@ -160,6 +163,8 @@ def plan(config: Config, processes: int = 1, device_gb: float | None = None) -> 
     world = processes if config.parallel.fsdp else 1
     memory = expected(config, model, world)
     lines.append(f"memory     of each of {world} devices" if world > 1 else "memory")
+    if not memory.accumulated:
+        lines[-1] += "; of gradients and kept the larger counts: one grows as the other shrinks"
     for name in ("weights", "gradients", "optimizer", "average", "kept", "working", "total"):
         lines.append(f"{'':11}{name:<18}{getattr(memory, name) / 1e9:>9.2f} GB")
     available, device = _device_memory(device_gb)
