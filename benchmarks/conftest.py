@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from dataclasses import asdict
 
@@ -96,6 +97,7 @@ SESSION = pytest.StashKey[Session]()
 
 def pytest_configure(config) -> None:
     config.stash[SESSION] = Session(config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, pytest still writes the rows it has
 
 
 def pytest_report_header(config) -> str:

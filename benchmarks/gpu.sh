@@ -24,7 +24,7 @@ step() {
   local name="$1" limit="$2" begun=$SECONDS
   shift 2
   echo "== $name"
-  timeout --signal=INT --kill-after=20 "$limit" "$@" # interrupted, pytest still writes what it has
+  timeout --kill-after=20 "$limit" "$@"
   local code=$?
   echo "== $name: exit code $code after $((SECONDS - begun)) s"
   [ "$code" -eq 0 ] || failed+=("$name ($code)")
