@@ -196,8 +196,8 @@ class Rows {
       sample_ = sample;
       held_[slot] = y;
       const int64_t offset = sample * band_.stride[0] + (y - band_.start) * band_.stride[1];
-      if (band_.stride[3] != 1 || band_.stride[2] != band_.channels || band_.channels % 2 ||
-          band_.type != Element::bf16) {
+      const bool dense = band_.stride[3] == 1 && band_.stride[2] == band_.channels && band_.channels % 2 == 0;
+      if (split_ && !(dense && band_.type == Element::bf16)) {
         picture_to_planes(band_, offset, width_, planes, pitch_);
       } else {
         const auto* pixels = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(band_.data) + offset);

@@ -1,15 +1,15 @@
 """One level of the Detailer Head in one pass: what an encoder or a decoder level computes, for a band of rows.
 
-Why ops: a level's convolutions hold little work beside the feature maps that the library writes between them, and most
-of the decoder's work can be left out. Its two convolutions have nothing between them, so nearest x2, ``up`` and the half
-of ``dec`` that sees ``up`` are one convolution of the half-size input: 3 x 3 taps, with weights that depend on whether
-row and column are even or odd. At the picture's edge ``dec`` sees zeros where ``up`` would go on, so the first and last
-row and column have weights of their own. `compose` makes them.
+Why ops: a level's convolutions hold little work beside the feature maps that the library writes between them, and much
+of the decoder's work can be left out. Its two convolutions have nothing between them, so nearest x2, ``up`` and the
+half of ``dec`` that sees ``up`` are one convolution of the half-size input: 3 x 3 taps, with weights that depend on
+whether row and column are even or odd. At the picture's edge ``dec`` sees zeros where ``up`` would go on, so the first
+and last row and column have weights of their own. `decoder_weights` makes them.
 
-Here feature maps are (B, rows, W, C) and hold the rows of a band; "start" is the first of them in the whole picture, whose
-number of rows is ``height``. Ci, Cs, Co: channels of input, skip and output. Weights are packed in blocks of 8 outputs,
+Here feature maps are (B, rows, W, C) and hold the rows of a band; a "start" is the first of them in the whole picture,
+which has ``height`` rows. Ci, Cs, Co: channels of input, skip and output. Weights are packed in blocks of 8 outputs,
 (..., Co/8, tap row, tap column, Ci/2, 8, 2), filled up with zeros: `pack`. Kernels: bfloat16 on a CPU with AVX-512's
-bfloat16 products; elsewhere the reference runs, and the head prefers the library's own convolutions (`fused_levels`).
+bfloat16 products; elsewhere the reference runs, and the head prefers the library's convolutions (`fused_levels`).
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def encoder_weights(conv: torch.nn.Conv2d) -> EncoderWeights:
     return EncoderWeights(pack(conv.weight), _padded(conv.bias), channels)
 
 
-def decoder_weights(
-    up: torch.nn.Conv2d, dec: torch.nn.Conv2d, out: torch.nn.Conv2d | None = None
-) -> DecoderWeights:
+def decoder_weights(up: torch.nn.Conv2d, dec: torch.nn.Conv2d, out: torch.nn.Conv2d | None = None) -> DecoderWeights:
     """Compose and pack a decoder level's convolutions, with ``out`` the head's last.
 
     Composed in fp32 or wider, then rounded once to the weights' own dtype.
@@ -187,7 +185,11 @@ def head_decode_reference(
         for kind in range(4):
             out = F.conv2d(coarse, composed[kind, column], bias[kind, :channels], padding=(0, 1))
             edge = F.conv2d(coarse[..., [side]], missing[kind, column], edge_bias[kind, column, :channels])
-            rows.append(torch.cat([edge + out[..., :1], out[..., 1:]] if side == 0 else [out[..., :-1], edge + out[..., -1:]], -1))
+            rows.append(
+                torch.cat(
+                    [edge + out[..., :1], out[..., 1:]] if side == 0 else [out[..., :-1], edge + out[..., -1:]], -1
+                )
+            )
         by_row = torch.stack([rows[1], rows[2]], dim=3).flatten(2, 3)  # from row 2 * first on
         if first == 0:
             by_row = torch.cat([rows[0][:, :, :1], by_row[:, :, 1:]], dim=2)
