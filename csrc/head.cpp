@@ -1,6 +1,6 @@
 // Why: PyTorch's face of the Detailer Head's levels: checks what memory safety needs, allocates, hands a plain struct to
 // the kernels. The schemas, the reference and the layouts are in l2p_fast/ops/head.py.
-#include "head.h"
+#include "head_tile.h"
 
 #include <algorithm>
 #include <array>
@@ -130,6 +130,11 @@ Tensor decode(const Tensor& x, const Tensor& skip, const Tensor& weight, const T
 
 void launch_cpu(const HeadLevel& level, const Tensor&) { head_level_cpu(level); }
 
+void launch_tiles(const HeadLevel& level, const Tensor&) {
+  const char* error = head_level_tiles(level);
+  STD_TORCH_CHECK(error == nullptr, "head: ", error == nullptr ? "" : error);
+}
+
 }  // namespace
 
 // Where the processor lacks what the kernel needs, PyTorch's dispatcher goes on to the reference.
@@ -138,5 +143,36 @@ STABLE_TORCH_LIBRARY_IMPL(l2p_fast, CPU, m) {
   m.impl("head_encode", TORCH_BOX(&encode<launch_cpu>));
   m.impl("head_decode", TORCH_BOX(&decode<launch_cpu>));
 }
+
+// For the tests: the CUDA kernel's tiles, run by the host.
+STABLE_TORCH_LIBRARY_FRAGMENT(l2p_fast, m) {
+  m.def("head_encode_tiles(Tensor x, Tensor weight, Tensor bias, int channels, int x_start, int start, int stop, "
+        "int height, bool keep, bool pool) -> (Tensor, Tensor)");
+  m.def("head_decode_tiles(Tensor x, Tensor skip, Tensor weight, Tensor edge_weight, Tensor skip_weight, Tensor bias, "
+        "Tensor edge_bias, Tensor? out_weight, Tensor? out_bias, int channels, int x_start, int skip_start, int start, "
+        "int stop, int height) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(l2p_fast, CPU, tiles) {
+  tiles.impl("head_encode_tiles", TORCH_BOX(&encode<launch_tiles>));
+  tiles.impl("head_decode_tiles", TORCH_BOX(&decode<launch_tiles>));
+}
+
+#ifdef L2P_WITH_CUDA
+namespace {
+
+void launch_cuda(const HeadLevel& level, const Tensor& on) {
+  const int32_t device = on.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_launch(head_level_cuda(level, current_cuda_stream(device)), "head");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(l2p_fast, CUDA, m) {
+  m.impl("head_encode", TORCH_BOX(&encode<launch_cuda>));
+  m.impl("head_decode", TORCH_BOX(&decode<launch_cuda>));
+}
+#endif
 
 }  // namespace l2p
