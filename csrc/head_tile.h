@@ -15,6 +15,13 @@
 
 namespace l2p {
 
+// Fragments stay in registers only where no loop over them is left.
+#if defined(__CUDACC__)
+#define L2P_UNROLL _Pragma("unroll")
+#else
+#define L2P_UNROLL
+#endif
+
 constexpr int kTileColumns = 32;
 constexpr int kLevelColumns = 2 * kTileColumns;
 constexpr int kColumnSteps = kTileColumns / 16;
@@ -176,6 +183,7 @@ template <typename Warp>
 L2P_HOST_DEVICE inline void load_a(typename Warp::A& a, const uint32_t* at, int pitch, const uint32_t* offsets,
                                    int only = kNothing) {
   Warp::lanes([&](int lane) {
+    L2P_UNROLL
     for (int reg = 0; reg < 4; ++reg) {
       const int offset = static_cast<int>(offsets[a_pair(lane, reg)]), column = a_column(lane, reg);
       const bool counts = offset != kNothing && (only == kNothing || only == column);
@@ -188,6 +196,7 @@ L2P_HOST_DEVICE inline void load_a(typename Warp::A& a, const uint32_t* at, int 
 template <typename Warp>
 L2P_HOST_DEVICE inline void load_b(typename Warp::B& b, const uint32_t* weights, int left) {
   Warp::lanes([&](int lane) {
+    L2P_UNROLL
     for (int reg = 0; reg < 2; ++reg) {
       const int pair = b_pair(lane, reg);
       Warp::of(b, lane)[reg] = pair < left ? Warp::read(weights + pair * kBlock + b_output(lane)) : 0;
@@ -212,25 +221,34 @@ L2P_HOST_DEVICE inline void compute_rows(const HeadLevel& s, const TileLayout& l
   for (int64_t first = 0; first < blocks(s); first += kBlocksAtOnce) {
     const int count = static_cast<int>(blocks(s) - first < kBlocksAtOnce ? blocks(s) - first : kBlocksAtOnce);
     typename Warp::C sums[2][2][kColumnSteps][kBlocksAtOnce];  // row, phase
+    L2P_UNROLL
     for (auto& row : sums) {
+      L2P_UNROLL
       for (auto& phase : row) {
+        L2P_UNROLL
         for (auto& step : phase) {
+          L2P_UNROLL
           for (auto& block : step) Warp::clear(block);
         }
       }
     }
     for (int step = 0; step < l.fine_steps; ++step) {
       typename Warp::B b[kBlocksAtOnce];
+      L2P_UNROLL
       for (int n = 0; n < kBlocksAtOnce; ++n) {
         const int64_t at = fine_weights_at(s, first + n) + step * 8 * kBlock;
         load_b<Warp>(b[n], s.fine_weight + at, n < count ? kTaps * fine - 8 * step : 0);
       }
+      L2P_UNROLL
       for (int row = 0; row < 2; ++row) {
+        L2P_UNROLL
         for (int phase = 0; phase < 2; ++phase) {
+          L2P_UNROLL
           for (int m = 0; m < kColumnSteps; ++m) {
             typename Warp::A a;
             load_a<Warp>(a, shared + ((2 * warp + row) * 2 * kFineColumns + m * 16) * l.fine_pitch, l.fine_pitch,
                          offsets + 8 * (phase * l.fine_steps + step));
+            L2P_UNROLL
             for (int n = 0; n < kBlocksAtOnce; ++n) Warp::multiply(sums[row][phase][m][n], a, b[n]);
           }
         }
@@ -238,23 +256,29 @@ L2P_HOST_DEVICE inline void compute_rows(const HeadLevel& s, const TileLayout& l
     }
     for (int step = 0; step < l.coarse_steps; ++step) {
       typename Warp::A a[kColumnSteps];
+      L2P_UNROLL
       for (int m = 0; m < kColumnSteps; ++m) {
         load_a<Warp>(a[m], coarse_row + m * 16 * l.coarse_pitch, l.coarse_pitch, coarse_offsets + 8 * step);
       }
+      L2P_UNROLL
       for (int row = 0; row < 2; ++row) {
+        L2P_UNROLL
         for (int phase = 0; phase < 2; ++phase) {
+          L2P_UNROLL
           for (int n = 0; n < kBlocksAtOnce; ++n) {
             typename Warp::B b;
             const int64_t at = coarse_weights_at(s, types[row], phase, first + n) + step * 8 * kBlock;
             load_b<Warp>(b, s.coarse_weight + at, n < count ? kTaps * coarse - 8 * step : 0);
+            L2P_UNROLL
             for (int m = 0; m < kColumnSteps; ++m) Warp::multiply(sums[row][phase][m][n], a[m], b);
           }
         }
       }
     }
     // The first column is even, the last odd: side and phase are one. What they add reads the middle tap column alone.
-    for (int side = 0; decoder && side < 2; ++side) {
-      if (edges[side] < 0 || edges[side] >= kTileColumns) continue;
+    L2P_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      if (!decoder || edges[side] < 0 || edges[side] >= kTileColumns) continue;
       const int m = static_cast<int>(edges[side] / 16), only = static_cast<int>(edges[side] % 16);
       for (int step = 0; 8 * step < 3 * coarse; ++step) {
         uint32_t middle[8];
@@ -266,11 +290,14 @@ L2P_HOST_DEVICE inline void compute_rows(const HeadLevel& s, const TileLayout& l
         }
         typename Warp::A a;
         load_a<Warp>(a, coarse_row + m * 16 * l.coarse_pitch, l.coarse_pitch, middle, only);
+        L2P_UNROLL
         for (int row = 0; row < 2; ++row) {
+          L2P_UNROLL
           for (int n = 0; n < kBlocksAtOnce; ++n) {
             typename Warp::B b;
             const int64_t at = edge_weights_at(s, types[row], side, first + n) + step * 8 * kBlock;
             load_b<Warp>(b, s.edge_weight + at, n < count ? 3 * coarse - 8 * step : 0);
+            L2P_UNROLL
             for (int step_m = 0; step_m < kColumnSteps; ++step_m) {
               if (step_m == m) Warp::multiply(sums[row][side][step_m][n], a, b);
             }
@@ -278,17 +305,24 @@ L2P_HOST_DEVICE inline void compute_rows(const HeadLevel& s, const TileLayout& l
         }
       }
     }
+    L2P_UNROLL
     for (int row = 0; row < 2; ++row) {
+      L2P_UNROLL
       for (int phase = 0; phase < 2; ++phase) {
+        L2P_UNROLL
         for (int m = 0; m < kColumnSteps; ++m) {
-          for (int n = 0; n < count; ++n) {
+          L2P_UNROLL
+          for (int n = 0; n < kBlocksAtOnce; ++n) {
+            if (n >= count) continue;
             Warp::lanes([&](int lane) {
+              L2P_UNROLL
               for (int reg = 0; reg < 4; reg += 2) {  // two registers are a pair of outputs
                 const int column = m * 16 + c_column(lane, reg);
                 const int64_t output = (first + n) * kBlock + c_output(lane, reg);
                 const int64_t bias = types[row] * blocks(s) * kBlock + output;
                 const int64_t edge_bias = (types[row] * 2 + phase) * blocks(s) * kBlock + output;
                 uint32_t word = 0;
+                L2P_UNROLL
                 for (int half = 0; half < 2; ++half) {
                   float value = Warp::of(sums[row][phase][m][n], lane)[reg + half] + s.bias[bias + half];
                   if (decoder && column == edges[phase]) value += s.edge_bias[edge_bias + half];

@@ -135,14 +135,15 @@ class _Library:
 
 
 class _Fused:
-    """Levels by one op each, with weights composed and packed once (ops/head.py). No gradients."""
+    """The outer ``count`` levels by one op each, with weights composed and packed once (ops/head.py). No gradients."""
 
-    def __init__(self, head: DetailerHead):
+    def __init__(self, head: DetailerHead, count: int):
         self.state, self.biases = self._state(head), self._biases(head)
-        self.encoders = [encoder_weights(head._part("enc", level)[0]) for level in head.levels]
+        self.inner = _Library(head, head.out_conv.weight.dtype)
+        self.encoders = [encoder_weights(head._part("enc", level)[0]) for level in head.levels[:count]]
         self.decoders = [
             decoder_weights(head._part("up", level)[1], head._part("dec", level)[0], head.out_conv if k == 0 else None)
-            for k, level in enumerate(head.levels)
+            for k, level in enumerate(head.levels[:count])
         ]
 
     def is_of(self, head: DetailerHead) -> bool:
@@ -162,6 +163,8 @@ class _Fused:
         self, k: int, x: Tensor, held: Rows, rows: Rows, keep: bool = True, pool: bool = True
     ) -> tuple[Tensor, Tensor]:
         """As `_Library.encode`."""
+        if k >= len(self.encoders):
+            return self.inner.encode(k, x, held, rows, keep, pool)
         skip, pooled = head_encode(
             x.permute(0, 2, 3, 1),
             self.encoders[k],
@@ -176,6 +179,8 @@ class _Fused:
 
     def decode(self, k: int, x: Tensor, held: Rows, skip: Tensor, skip_held: Rows, rows: Rows) -> Tensor:
         """As `_Library.decode`."""
+        if k >= len(self.decoders):
+            return self.inner.decode(k, x, held, skip, skip_held, rows)
         out = head_decode(
             x.permute(0, 2, 3, 1),
             skip.permute(0, 2, 3, 1),
@@ -279,7 +284,7 @@ class DetailerHead(nn.Module):
             banded, rows = self.table_banded, -(-band_rows // step) * step
         else:
             budget = int((AUTO_MEMORY_MB if memory_mb is None else memory_mb) * 2**20)
-            fused = not torch.is_grad_enabled() and fused_levels(pixels.device, dtype)
+            fused = self._fused_count(pixels.device, dtype)
             if self._whole_bytes(0, batch, height, width, dtype, fused) <= budget:
                 return None
             least = None
@@ -321,15 +326,21 @@ class DetailerHead(nn.Module):
 
     def _fused(self, device: torch.device, dtype: torch.dtype) -> _Fused | None:
         """The kernels' way to run the levels, or None where there is none."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not fused_levels(device, dtype):
+        if torch.compiler.is_compiling() or not self._fused_count(device, dtype):
             return None
         convs = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         if any(type(conv) not in (nn.Conv2d, SplitConv1x1) or conv.weight.dtype != dtype for conv in convs):
             return None  # adapters, other precisions
         if self._prepared is None or not self._prepared.is_of(self):
             self._prepared = None  # first give its memory back
-            self._prepared = _Fused(self)
+            self._prepared = _Fused(self, self._fused_count(device, dtype))
         return self._prepared
+
+    def _fused_count(self, device: torch.device, dtype: torch.dtype) -> int:
+        """How many levels, from the outermost on, kernels can run; on CUDA the inner ones are the library's."""
+        if torch.is_grad_enabled() or not fused_levels(device, dtype):
+            return 0
+        return len(self.levels) if device.type == "cpu" else self.table_banded
 
     def _inner(self, run: _Library | _Fused, x: Tensor, features: Tensor, first: int) -> Tensor:
         """Levels ``first`` inwards and the bottleneck, whole: pooled picture -> decoded features of its size."""
@@ -395,7 +406,7 @@ class DetailerHead(nn.Module):
                 result[i : i + 1, :, start:stop] = out
         return result
 
-    def _rows_within(self, banded: int, width: int, dtype: torch.dtype, budget: int, fused: bool) -> int:
+    def _rows_within(self, banded: int, width: int, dtype: torch.dtype, budget: int, fused: int) -> int:
         """Rows of a band: a quarter of the budget, since bands that stay near the processor are the faster; up to twice
         the halo where the budget allows, and never less than the halo, else most work is done several times."""
         step = 2**banded
@@ -405,14 +416,12 @@ class DetailerHead(nn.Module):
         small, large = ((limit - fixed) // per_step * step for limit in (budget // 4, budget))
         return max(halo, small, min(large, 2 * halo))
 
-    def _whole_bytes(
-        self, first: int, batch: int, height: int, width: int, dtype: torch.dtype, fused: bool = False
-    ) -> int:
+    def _whole_bytes(self, first: int, batch: int, height: int, width: int, dtype: torch.dtype, fused: int = 0) -> int:
         """Peak bytes of the levels from ``first`` on, run whole, at height x width of the first."""
         areas = [batch * (height >> k) * (width >> k) for k in range(len(self.levels) - first)]
-        return self._peak(self.levels[first:], areas, areas, dtype, fused)
+        return self._peak(self.levels[first:], areas, areas, dtype, fused - first)
 
-    def _band_bytes(self, banded: int, rows: int, width: int, dtype: torch.dtype, fused: bool = False) -> int:
+    def _band_bytes(self, banded: int, rows: int, width: int, dtype: torch.dtype, fused: int = 0) -> int:
         """Peak bytes of decoding a band of ``rows`` rows, far from the picture's edges."""
         start = 2**20
         decoded, encoded = _decoder_rows(Rows(start, start + rows, 2 * start + rows), banded)
@@ -422,13 +431,16 @@ class DetailerHead(nn.Module):
         return self._peak(self.levels[:banded], *areas, dtype, fused)
 
     @staticmethod
-    def _peak(levels: list[Level], encoded: list[int], decoded: list[int], dtype: torch.dtype, fused: bool) -> int:
-        """Bytes held at once by levels of the given areas; with gradients, all that is kept for the backward pass."""
+    def _peak(levels: list[Level], encoded: list[int], decoded: list[int], dtype: torch.dtype, fused: int) -> int:
+        """Bytes held at once by levels of the given areas; with gradients, all that is kept for the backward pass.
+
+        Of the outer ``fused`` levels these are an input, about as wide as ``up`` but half the size, and an output.
+        """
         skips = sum(area * level.enc for area, level in zip(encoded, levels, strict=True))
-        if fused:  # a level's input, about as wide as ``up`` but half the size, and its output
-            work = [area * (level.up // 4 + level.dec) for area, level in zip(decoded, levels, strict=True)]
-            return dtype.itemsize * (skips + max(work))
-        work = [area * (2 * level.up + level.enc + level.dec) for area, level in zip(decoded, levels, strict=True)]
+        work = [
+            area * (level.up // 4 + level.dec if k < fused else 2 * level.up + level.enc + level.dec)
+            for k, (area, level) in enumerate(zip(decoded, levels, strict=True))
+        ]
         if torch.is_grad_enabled():  # the pre-activations too
             return dtype.itemsize * (3 * skips + 2 * sum(work))
         return dtype.itemsize * (skips + max(work))

@@ -1,5 +1,7 @@
 """The Detailer Head's ops: composed convolutions are the plain ones, and every kernel is the reference."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,11 +159,43 @@ def test_many_rows_and_threads():
 
 def test_opcheck():
     convs, x, skip, _ = level(4, 4, 4, 4, 4, 6, True, torch.bfloat16)
-    skip = rows_first(skip).requires_grad_()
-    opcheck(torch.ops.l2p_fast.head_decode, (rows_first(x), skip, *decoder_weights(*convs), 0, 0, 0, 4, 4))
-    weights = encoder_weights(convs[0])
-    for keep, pool in ((True, True), (False, True), (True, False)):
-        opcheck(torch.ops.l2p_fast.head_encode, (rows_first(x).float(), *weights, 0, 0, 2, 2, keep, pool))
+    skip = rows_first(skip)
+    opcheck(
+        torch.ops.l2p_fast.head_decode,
+        (rows_first(x), skip.clone().requires_grad_(), *decoder_weights(*convs), 0, 0, 0, 4, 4),
+    )
+    opcheck(torch.ops.l2p_fast.head_encode, (skip.float(), *encoder_weights(convs[0]), 0, 0, 4, 4, True, True))
+
+
+def test_gradients():
+    convs, x, skip, _ = level(4, 4, 4, 4, 4, 6, True, torch.float64)
+    weights = decoder_weights(*convs)
+    backward = head_ops._backward_of(head_decode_reference)
+    x, skip = rows_first(x).requires_grad_(), rows_first(skip).requires_grad_()
+    inputs = x, skip, *weights, 0, 0, 0, 4, 4
+    out = head_decode_reference(*inputs)
+    grad = torch.randn_like(out)
+    ctx = SimpleNamespace(save_for_backward=lambda *tensors: setattr(ctx, "saved_tensors", tensors))
+    head_ops._setup(ctx, inputs, out)
+    ctx.needs_input_grad = [isinstance(i, torch.Tensor) and i.requires_grad for i in inputs]
+    for got, wanted in zip(backward(ctx, grad)[:2], torch.autograd.grad(out, (x, skip), grad), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_kernel_that_disagrees_is_declined(monkeypatch, caplog):
+    monkeypatch.setattr(torch.ops.l2p_fast, "head_decode", lambda *args: head_decode_reference(*args) + 1)
+    assert not head_ops._agrees.__wrapped__("cpu")
+    assert "differ from the reference" in caplog.text
+
+
+def test_cuda_kernels_are_asked_for(monkeypatch):
+    monkeypatch.setattr(head_ops, "_agrees", lambda device: True)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *args: True)
+    monkeypatch.delenv("L2P_CUDA_HEAD", raising=False)
+    assert not head_ops.fused_levels(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setenv("L2P_CUDA_HEAD", "1")
+    assert head_ops.fused_levels(torch.device("cuda"), torch.bfloat16)
+    assert not head_ops.fused_levels(torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
