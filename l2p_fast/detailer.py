@@ -407,13 +407,14 @@ class DetailerHead(nn.Module):
         return result
 
     def _rows_within(self, banded: int, width: int, dtype: torch.dtype, budget: int, fused: int) -> int:
-        """Rows of a band: a quarter of the budget, since bands that stay near the processor are the faster; up to twice
-        the halo where the budget allows, and never less than the halo, else most work is done several times."""
+        """Rows of a band: a quarter of the budget, since bands that stay near the processor are the faster (half of it
+        for fused levels, which cross memory less often); up to twice the halo where the budget allows, and never less
+        than the halo, else most work is done several times."""
         step = 2**banded
         halo = -(-_halo(banded) // step) * step
         fixed = self._band_bytes(banded, 0, width, dtype, fused)  # what the halo takes
         per_step = self._band_bytes(banded, step, width, dtype, fused) - fixed
-        small, large = ((limit - fixed) // per_step * step for limit in (budget // 4, budget))
+        small, large = ((limit - fixed) // per_step * step for limit in (budget // (2 if fused else 4), budget))
         return max(halo, small, min(large, 2 * halo))
 
     def _whole_bytes(self, first: int, batch: int, height: int, width: int, dtype: torch.dtype, fused: int = 0) -> int:
