@@ -5,6 +5,7 @@ import torch
 
 from l2p_fast.detailer import LEVELS, DetailerHead, size_multiple
 from l2p_fast.errors import UserError
+from l2p_fast.ops.head import fused_levels
 
 WHOLE = 10**6
 SIZES = {
@@ -139,17 +140,75 @@ def test_bands_keep_less_for_backward():
     assert kept(band_rows=64) < 0.3 * kept(band_rows=WHOLE)
 
 
+@pytest.mark.parametrize("patch", LEVELS)
 @torch.no_grad()
-def test_bf16_error():
-    head, pixels, features = head_and_inputs(64, width=0.5)
+def test_bf16_error(patch):
+    head, pixels, features = head_and_inputs(patch, batch=2, width=0.5)
     exact = head.forward_reference(pixels, features)
     head.bfloat16()
     features = features.bfloat16()
     plain = error(head.forward_reference(pixels, features).float(), exact)
     for rows in (WHOLE, 64):
         out = head(pixels, features, band_rows=rows)  # fp32 pixels are cast band by band
-        assert out.dtype == torch.bfloat16
+        assert out.dtype == torch.bfloat16 and out.is_contiguous()
         assert error(out.float(), exact) <= 2 * plain
+
+
+needs_kernels = pytest.mark.skipif(
+    not fused_levels(torch.device("cpu"), torch.bfloat16), reason="no kernels for this processor"
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("patch,rows", [(16, 24), (64, 8), (128, 200), (160, 80)])
+@torch.no_grad()
+def test_fused_bands_equal_whole_exactly(patch, rows):
+    """A pixel is summed in the same order whatever the band."""
+    head, pixels, features = head_and_inputs(patch, batch=2, dtype=torch.bfloat16)
+    assert torch.equal(head(pixels, features, band_rows=rows), head(pixels, features, band_rows=WHOLE))
+
+
+@needs_kernels
+@torch.no_grad()
+def test_outer_levels_alone_can_be_fused():
+    head, pixels, features = head_and_inputs(64, dtype=torch.bfloat16)
+    fused = head(pixels, features, band_rows=64)
+    head._fused_count = lambda device, dtype: head.table_banded
+    head._prepared = None
+    assert error(head(pixels, features, band_rows=64).float(), fused.float()) <= 1e-2
+
+
+@needs_kernels
+@torch.no_grad()
+def test_changed_weights_are_noticed():
+    head, pixels, features = head_and_inputs(16, dtype=torch.bfloat16)
+    before, prepared = head(pixels, features), head._prepared
+    assert torch.equal(head(pixels, features), before) and head._prepared is prepared  # packed once
+    changes = {
+        "in place": lambda: head.up1[1].weight.mul_(2),
+        "through .data": lambda: [p.data.mul_(2) for p in head.parameters()],
+        "another tensor": lambda: setattr(head.dec1[0], "weight", torch.nn.Parameter(head.dec1[0].weight / 2)),
+        "loaded": lambda: head.load_state_dict({k: v / 2 for k, v in head.state_dict().items()}),
+    }
+    for name, change in changes.items():
+        change()
+        after = head(pixels, features)
+        assert not torch.equal(after, before), name
+        assert error(after.float(), head.forward_reference(pixels, features).float()) <= 2e-2, name
+        before = after
+
+
+@needs_kernels
+def test_what_is_no_plain_convolution_is_left_to_the_library():
+    class Adapted(torch.nn.Conv2d):
+        pass
+
+    head, pixels, features = head_and_inputs(16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert head._fused(pixels.device, torch.bfloat16) is not None
+        head.enc1[0] = Adapted(3, head.levels[0].enc, 3, padding=1).bfloat16()
+        assert head._fused(pixels.device, torch.bfloat16) is None
+    assert head._fused(pixels.device, torch.bfloat16) is None  # nor with gradients
 
 
 def test_refuses_what_does_not_fit():

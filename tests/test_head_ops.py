@@ -1,0 +1,214 @@
+"""The Detailer Head's ops: composed convolutions are the plain ones, and every kernel is the reference."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.library import opcheck
+
+from l2p_fast import ops
+from l2p_fast.ops import head as head_ops
+from l2p_fast.ops.head import (
+    decoder_weights,
+    encoder_weights,
+    head_decode_reference,
+    head_encode_reference,
+    pack,
+    unpack,
+)
+
+# (Ci, Cs, channels of up, Co, H, W, last level): the smallest, odd widths, more than one tile, a 3-channel skip.
+LEVELS = (
+    (4, 4, 4, 4, 2, 2, False),
+    (6, 4, 8, 4, 4, 6, False),
+    (16, 16, 16, 16, 8, 20, True),
+    (8, 3, 4, 12, 22, 70, True),
+    (40, 32, 32, 24, 6, 106, False),
+    (20, 4, 8, 6, 12, 196, False),
+)
+ENCODERS = ((3, 16, 8, 20), (4, 4, 2, 70), (3, 3, 20, 34), (16, 40, 6, 106), (3, 8, 4, 2))
+KERNELS = ["kernel", "tiles"]
+
+
+def level(ci, cs, cu, co, height, width, last, dtype):
+    """Convolutions, inputs (B, C, H, W) and the plain result in fp64 (of values that are exact in ``dtype``)."""
+    torch.manual_seed(ci)
+    up, dec = nn.Conv2d(ci, cu, 3, padding=1), nn.Conv2d(cu + cs, co, 3, padding=1)
+    out = nn.Conv2d(co, 3, 1) if last else None
+    x, skip = torch.randn(2, ci, height // 2, width // 2).to(dtype), torch.randn(2, cs, height, width).to(dtype)
+    for conv in filter(None, (up, dec, out)):
+        conv.requires_grad_(False).to(dtype).double()
+    plain = torch.cat([up(F.interpolate(x.double(), scale_factor=2)), skip.double()], 1)
+    plain = F.silu(dec(plain))
+    plain = out(plain) if last else plain
+    for conv in filter(None, (up, dec, out)):
+        conv.to(dtype)
+    return (up, dec, out), x, skip, plain
+
+
+def rows_first(x):
+    """(B, C, H, W) -> dense (B, H, W, C), C even."""
+    return F.pad(x.permute(0, 2, 3, 1), (0, x.shape[1] % 2)).contiguous()
+
+
+def decode(run, weights, x, skip, start, stop, height):
+    """`head_decode` by ``run``, given only the rows that it may read."""
+    first, last = max(start // 2 - 1, 0), min((stop + 1) // 2 + 1, height // 2)
+    upper, lower = max(start - 1, 0), min(stop + 1, height)
+    out = run(x[:, first:last], skip[:, upper:lower], *weights, first, upper, start, stop, height)
+    return out if weights.out_weight is not None else out.permute(0, 3, 1, 2)
+
+
+def bands(height):
+    some = {(0, height), (0, height // 2), (height // 2, height), (1, height), (height // 2 - 1, height - 1)}
+    return sorted((start, stop) for start, stop in some if start < stop)
+
+
+def error(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def kernel(op, which):
+    """The compiled op ``op``: the processor's own, or the CUDA kernel's tiles on the host."""
+    if not ops.extension_status().startswith("loaded"):
+        pytest.skip(ops.extension_status())
+    if which == "kernel" and not head_ops.fused_levels(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this processor has no bfloat16 products")
+    return getattr(torch.ops.l2p_fast, op + ("" if which == "kernel" else "_tiles"))
+
+
+def test_packing():
+    weight = torch.arange(2 * 12 * 7 * 9.0).reshape(2, 12, 7, 3, 3)
+    packed = pack(weight)
+    assert packed.shape == (2, 2, 3, 3, 4, 8, 2)
+    assert packed[1, 1, 2, 0, 2, 3, 1] == weight[1, 8 + 3, 2 * 2 + 1, 2, 0]
+    assert torch.equal(unpack(packed, 12, 7), weight)
+
+
+@pytest.mark.parametrize("sizes", LEVELS)
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_composed_is_plain(sizes, dtype, tolerance):
+    convs, x, skip, plain = level(*sizes, dtype)
+    weights = decoder_weights(*convs)
+    for start, stop in bands(sizes[4]):
+        out = decode(head_decode_reference, weights, rows_first(x), rows_first(skip), start, stop, sizes[4])
+        assert error(out, plain[:, :, start:stop]) <= tolerance
+
+
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("sizes", LEVELS)
+def test_decode(sizes, which):
+    run = kernel("head_decode", which)
+    convs, x, skip, plain = level(*sizes, torch.bfloat16)
+    weights = decoder_weights(*convs)
+    for start, stop in bands(sizes[4]):
+        inputs = weights, rows_first(x), rows_first(skip), start, stop, sizes[4]
+        out, reference = decode(run, *inputs), decode(head_decode_reference, *inputs)
+        assert out.shape == reference.shape and out.dtype == torch.bfloat16
+        assert error(out, reference.double()) <= 2e-3  # now and then the next bfloat16
+        assert (out - reference).abs().max() <= 2e-2 * reference.abs().max()  # first and last column, too
+        assert error(out, plain[:, :, start:stop]) <= 4e-3
+
+
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("ci,co,height,width", ENCODERS)
+def test_encode(ci, co, height, width, which):
+    run = kernel("head_encode", which)
+    torch.manual_seed(ci)
+    conv = nn.Conv2d(ci, co, 3, padding=1).requires_grad_(False).bfloat16()
+    weights, pixels = encoder_weights(conv), torch.randn(2, ci, height, width)
+    dense = pixels.permute(0, 2, 3, 1)
+    views = [dense, dense.bfloat16(), dense.bfloat16().contiguous(), dense.transpose(1, 2).contiguous().transpose(1, 2)]
+    for start, stop in sorted({(0, height), (height - 2, height), (0, 2), (height // 4 * 2, height)}):
+        first = max(start - 1, 0)
+        for x in views:
+            inputs = x[:, first : stop + 1], *weights, first, start, stop, height, True, True
+            for out, wanted in zip(run(*inputs), head_encode_reference(*inputs), strict=True):
+                assert out.shape == wanted.shape and out.is_contiguous()
+                torch.testing.assert_close(out, wanted, rtol=2**-7, atol=1e-5)
+    odd = dense, *weights, 0, 1, height, height, True, False
+    torch.testing.assert_close(run(*odd)[0], head_encode_reference(*odd)[0], rtol=2**-7, atol=1e-5)
+    kept, pooled = run(dense, *weights, 0, 0, height, height, False, True)
+    assert kept.shape[1] == 0 and pooled.shape[1] == height // 2
+
+
+def test_silu_of_extremes():
+    run = kernel("head_encode", "kernel")
+    conv = nn.Conv2d(2, 2, 1).requires_grad_(False).bfloat16()
+    conv.weight.copy_(torch.eye(2)[:, :, None, None]), conv.bias.zero_()
+    weights = encoder_weights(conv)._replace(weight=pack(F.pad(conv.weight, (1, 1, 1, 1))))
+    values = torch.tensor([0.0, -1e-3, 1.0, -1.0, 20.0, -20.0, 88.0, -88.0, 200.0, -200.0, 1e30, -1e30]).bfloat16()
+    x = values.reshape(1, 1, 6, 2).repeat(1, 2, 1, 1)
+    out, _ = run(x, *weights, 0, 0, 2, 2, True, False)
+    torch.testing.assert_close(out, F.silu(x.float()).bfloat16(), rtol=2**-7, atol=1e-30)
+
+
+def test_many_rows_and_threads():
+    run = kernel("head_decode", "kernel")
+    convs, x, skip, plain = level(4, 4, 4, 4, 64, 32, False, torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        out = decode(run, decoder_weights(*convs), rows_first(x), rows_first(skip), 0, 64, 64)
+    finally:
+        torch.set_num_threads(threads)
+    assert error(out, plain) <= 4e-3
+
+
+def test_opcheck():
+    convs, x, skip, _ = level(4, 4, 4, 4, 4, 6, True, torch.bfloat16)
+    skip = rows_first(skip)
+    opcheck(
+        torch.ops.l2p_fast.head_decode,
+        (rows_first(x), skip.clone().requires_grad_(), *decoder_weights(*convs), 0, 0, 0, 4, 4),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    opcheck(torch.ops.l2p_fast.head_encode, (skip.float(), *encoder_weights(convs[0]), 0, 0, 4, 4, True, True))
+
+
+def test_gradients():
+    convs, x, skip, _ = level(4, 4, 4, 4, 4, 6, True, torch.float64)
+    weights = decoder_weights(*convs)
+    backward = head_ops._backward_of(head_decode_reference)
+    x, skip = rows_first(x).requires_grad_(), rows_first(skip).requires_grad_()
+    inputs = x, skip, *weights, 0, 0, 0, 4, 4
+    out = head_decode_reference(*inputs)
+    grad = torch.randn_like(out)
+    ctx = SimpleNamespace(save_for_backward=lambda *tensors: setattr(ctx, "saved_tensors", tensors))
+    head_ops._setup(ctx, inputs, out)
+    ctx.needs_input_grad = [isinstance(i, torch.Tensor) and i.requires_grad for i in inputs]
+    for got, wanted in zip(backward(ctx, grad)[:2], torch.autograd.grad(out, (x, skip), grad), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_kernel_that_disagrees_is_declined(monkeypatch, caplog):
+    monkeypatch.setattr(torch.ops.l2p_fast, "head_decode", lambda *args: head_decode_reference(*args) + 1)
+    assert not head_ops._agrees.__wrapped__("cpu")
+    assert "differ from the reference" in caplog.text
+
+
+def test_cuda_kernels_are_asked_for(monkeypatch):
+    monkeypatch.setattr(head_ops, "_agrees", lambda device: True)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *args: True)
+    monkeypatch.delenv("L2P_CUDA_HEAD", raising=False)
+    assert not head_ops.fused_levels(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setenv("L2P_CUDA_HEAD", "1")
+    assert head_ops.fused_levels(torch.device("cuda"), torch.bfloat16)
+    assert not head_ops.fused_levels(torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sizes", LEVELS)
+def test_cuda_is_reference(sizes):
+    if "CUDA" not in ops.extension_status():
+        pytest.skip(ops.extension_status())
+    convs, x, skip, _ = level(*sizes, torch.bfloat16)
+    weights = decoder_weights(*convs)
+    on_gpu = type(weights)(*(w.cuda() if isinstance(w, torch.Tensor) else w for w in weights))
+    for start, stop in bands(sizes[4]):
+        reference = decode(head_decode_reference, weights, rows_first(x), rows_first(skip), start, stop, sizes[4])
+        rows = rows_first(x).cuda(), rows_first(skip).cuda(), start, stop, sizes[4]
+        out = decode(torch.ops.l2p_fast.head_decode, on_gpu, *rows).cpu()
+        assert error(out, reference.double()) <= 2e-3
