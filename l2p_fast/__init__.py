@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import logging
 
 __version__ = "0.1.0"
 
 # Imported on first use: `import l2p_fast` alone loads neither torch nor diffusers.
 _LAZY = {"L2PTransformer2DModel": ".model", "L2PPipeline": ".pipeline", "DetailerHead": ".detailer"}
 __all__ = ["DetailerHead", "L2PPipeline", "L2PTransformer2DModel"]
+
+# diffusers imports it wherever it is installed, and it warns of kernels that nothing here asks for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):

@@ -492,11 +492,7 @@ def load(args: argparse.Namespace, model: ModelFacts) -> L2PPipeline:
     device = pick_device(args)
     dtype, why = pick_dtype(args.dtype, device)
 
-    import logging
-
     import torch
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that nothing here asked for
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -242,7 +242,7 @@ WRONG = [
 def test_wrong_arguments_are_answered_before_anything_is_loaded(model, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "load", lambda *a: pytest.fail("loaded"))
-    monkeypatch.setattr(sample.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sample.attention.importlib.util, "find_spec", lambda name: None)
     Image.new("RGB", (32, 32)).save("in.png")
     noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     noisy.save("whole.png")
