@@ -1,5 +1,1 @@
 """What `l2p_fast.train` is made of; each file is one concern, and only `train.py` knows them all."""
-
-import logging
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that nothing here asked for
