@@ -32,8 +32,8 @@ TOKENS = 8  # of a side
 # Noise levels of training (logit-normal) and sampling (shift). With 4,096 numbers in a latent, most of the layout is
 # decided between sigma 0.97 and 0.85, so that is where the training looks.
 SIGMA_LOGIT, SIGMA_SPREAD, SHIFT = 1.5, 1.1, 5.0
-# A linear probe behind this layer must say what each token shows (`world.labels`), which ties words to places far
-# sooner than the velocity alone (as REPA, Yu et al. 2024, with the renderer's knowledge for features).
+# A linear probe behind this layer must say what each token shows (`world.labels`): meant to tie words to places sooner
+# than the velocity alone (as REPA, Yu et al. 2024, with the renderer's knowledge for features).
 PROBE_LAYER, PROBE_WEIGHT = 4, 0.1
 # Counting and relations are learnt last, so they are shown most.
 TASK_SHARES = {

@@ -57,10 +57,6 @@ def initial_model(
     model = L2PTransformer2DModel(
         all_patch_size=(patch_size,), rope_grid=GRID, head_width=HEAD_WIDTHS[patch_size], **config
     )
-    for module in model.local_decoder.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            # torch's own start shrinks a signal to a third at each of twelve layers: nothing would reach the picture
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     state = model.state_dict()
     for donor in filter(None, (source, coarser)):
         state.update({k: v for k, v in donor.state_dict().items() if k in state and v.shape == state[k].shape})
