@@ -174,6 +174,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         *,
         cond: Conditioning | None = None,
         step: int | None = None,
+        windows: Sequence[tuple[int, int, int, int]] | None = None,
     ) -> Tensor:
         """The raw prediction x0 - eps.
 
@@ -183,14 +184,19 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
             cap_feats: B tensors (L_i, cap_feat_dim), text features without padding; not needed with ``cond``.
             cond: `prepare` of the same texts and size, to reuse what does not depend on the step.
             step: index into the timesteps that ``cond`` was prepared with.
+            windows: B boxes (row, column, height, width) of one size in tokens: the head runs on these parts of the
+                pictures alone (with zeros around them), to train a head for large pictures in little memory.
 
         Returns:
-            (B, 3, H, W) in the model's dtype.
+            (B, 3, H, W) in the model's dtype; with ``windows``, of their size.
 
         Raises:
             UserError: sizes, counts or widths that don't fit the model or each other.
         """
-        return self.local_decoder(pixels, self.features(pixels, t, cap_feats, cond=cond, step=step))
+        features = self.features(pixels, t, cap_feats, cond=cond, step=step)
+        if windows is not None:
+            pixels, features = cut(pixels, windows, self.patch_size), cut(features, windows)
+        return self.local_decoder(pixels, features)
 
     def features(
         self,
@@ -354,6 +360,12 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
                 raise UserError(
                     f"cap_feats[{i}] must be (at least 1, {width}) text features, got {tuple(features.shape)}"
                 )
+
+
+def cut(x: Tensor, windows: Sequence[tuple[int, int, int, int]], unit: int = 1) -> Tensor:
+    """Of each sample of ``x`` (B, C, H, W) its box (row, column, height, width), counted in ``unit`` values."""
+    boxes = [[unit * value for value in box] for box in windows]
+    return torch.stack([part[:, r : r + h, c : c + w] for part, (r, c, h, w) in zip(x, boxes, strict=True)])
 
 
 def _round_up(length: int) -> int:

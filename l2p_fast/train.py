@@ -34,8 +34,10 @@ FIXED = ("seed", "model.base", "model.weights", "freeze", "optim.kind", "optim.r
          "data.layout", "data.max_aspect")  # fmt: skip
 
 
-def train(config: Config, workers: Workers, resume: str = "auto") -> None:
+def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
     """Train until ``config.steps`` or ``config.minutes``, or until SIGTERM or SIGINT; the state is saved then.
+
+    Returns whether the run is finished: not stopped by a signal.
 
     Raises:
         UserError: what the user can mend; earlier checkpoints are untouched.
@@ -126,6 +128,7 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> None:
         monitor.say(f"stopped by a signal; step {done} is saved, the same command goes on")
     elif workers.first:
         export(folder, average)
+    return not stop.agreed
 
 
 def passes(model, batch, features: Features, config: Config, device: torch.device) -> Tensor:
@@ -133,7 +136,7 @@ def passes(model, batch, features: Features, config: Config, device: torch.devic
     texts = [features[prompt].to(device) for prompt in batch.prompts]
     pixels, noise, sigma = (x.to(device, non_blocking=True) for x in (batch.pixels, batch.noise, batch.sigma))
     with autocast(config, device):
-        return losses(model, pixels, noise, sigma, texts)
+        return losses(model, pixels, noise, sigma, texts, batch.windows, config.objective.pyramid)
 
 
 def schedule(config: Config, step: int, seconds: float) -> float:

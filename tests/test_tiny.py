@@ -104,8 +104,6 @@ def test_transfer_starts_from_the_source_and_the_smaller_patch():
     source = ZImageTransformer2DModel(all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, **config)
     small = transfer.initial_model(source, 16, None)
     assert torch.equal(small.layers[2].attention.to_q.weight, source.layers[2].attention.to_q.weight)
-    frozen = [i for i, block in enumerate(small.layers) if not next(block.parameters()).requires_grad]
-    assert frozen == [2]
     large = transfer.initial_model(source, 64, small)
     patch = torch.randn(1, 3, 16, 16)
     enlarged = patch.repeat_interleave(4, 2).repeat_interleave(4, 3)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipeline import tiny_transformer
+import torch.nn.functional as F
+from tiny_pipeline import FEATURES, tiny_transformer
 
 pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
 
@@ -14,10 +15,10 @@ from l2p_fast import flow
 from l2p_fast.checkpoint import build_empty
 from l2p_fast.errors import UserError
 from l2p_fast.train import main, schedule
-from l2p_fast.training.config import Config, FreezeConfig, ObjectiveConfig, load_config
+from l2p_fast.training.config import Config, FreezeConfig, GridConfig, ObjectiveConfig, load_config
 from l2p_fast.training.freeze import freeze
 from l2p_fast.training.memory import expected
-from l2p_fast.training.objective import draw_noise, draw_sigma, generator, losses
+from l2p_fast.training.objective import coarse_noise, draw_noise, draw_sigma, generator, losses, small_pictures
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -88,8 +89,8 @@ def test_other_policies():
             freeze(model, FreezeConfig(policy))
 
 
-def sigmas(config, count=4000, highest=1.0):
-    return torch.tensor([draw_sigma(config, generator("test", i), highest) for i in range(count)])
+def sigmas(config, count=4000, **grid):
+    return torch.tensor([draw_sigma(config, generator("test", i), GridConfig(**grid)) for i in range(count)])
 
 
 def test_grid_levels_are_the_samplers():
@@ -106,7 +107,8 @@ def test_other_laws_of_sigma():
     assert torch.allclose(shifted.median(), torch.tensor(0.8), atol=0.02)
     normal = sigmas(ObjectiveConfig(sigma="logit_normal", mean=0.5, std=0.8, shift=1.0))
     assert torch.allclose(normal.logit().mean(), torch.tensor(0.5), atol=0.05)
-    assert sigmas(ObjectiveConfig(), highest=0.7).max() <= 0.7
+    assert sigmas(ObjectiveConfig(), sigma_max=0.7).max() <= 0.7
+    assert torch.equal(sigmas(ObjectiveConfig(sigma="continuous", shift=4.0), shift=1.0), uniform)  # the grid's own
     mixed = sigmas(ObjectiveConfig(sigma="continuous", shift=4.0, uniform_share=0.5))
     assert uniform.mean() + 0.05 < mixed.mean() < shifted.mean() - 0.05
 
@@ -123,8 +125,65 @@ def test_noise_by_seed_or_fresh():
 
 def test_objective_is_zero_for_the_right_answer():
     x0, noise = torch.randn(2, 2, 3, 16, 16, generator=generator(0))
-    found = losses(lambda x, t, caps: x0 - noise, x0, noise, torch.tensor([0.3, 0.9]), [])
+    found = losses(lambda x, t, caps, windows: x0 - noise, x0, noise, torch.tensor([0.3, 0.9]), [])
     assert found.shape == (2,) and found.max() == 0
+
+
+def drawn_batch():
+    """Model, two pictures of 2 x 4 tokens, noise, noise levels, texts."""
+    rng = generator("batch")
+    x0, noise = torch.randn(2, 2, 3, 32, 64, generator=rng)
+    texts = [torch.randn(n, FEATURES, generator=rng) for n in (3, 5)]
+    return tiny_transformer(), x0, noise, torch.tensor([0.4, 0.8]), texts
+
+
+def test_head_on_windows_is_the_head_on_parts():
+    model, x0, noise, sigma, texts = drawn_batch()
+    windows = [(0, 1, 1, 2), (1, 2, 1, 2)]
+    x, t = flow.add_noise(x0, noise, sigma), 1 - sigma
+    features = model.features(x, t, texts)
+    found = model(x, t, texts, windows=windows)
+    assert found.shape == (2, 3, 16, 32)
+    for i, (r, c, h, w) in enumerate(windows):
+        box = x[i : i + 1, :, 16 * r : 16 * (r + h), 16 * c : 16 * (c + w)]
+        torch.testing.assert_close(
+            found[i : i + 1], model.local_decoder(box, features[i : i + 1, :, r : r + h, c : c + w])
+        )
+    target = flow.target(x0, noise)
+    error = (found[1] - target[1, :, 16:, 32:]).square().mean()
+    torch.testing.assert_close(losses(model, x0, noise, sigma, texts, windows)[1], error)
+
+
+def test_small_pictures_inside_the_head():
+    """Every level's first channels, the bottleneck's too, reach the loss; a banded level is left out."""
+    model, x0, noise, sigma, texts = drawn_batch()
+    head = model.local_decoder
+    with small_pictures(head) as found:
+        model(x0, sigma, texts)
+    assert sorted(p.shape for p in found) == [(2, 3, 32 >> k, 64 >> k) for k in range(len(head.levels), 0, -1)]
+    plain, more = losses(model, x0, noise, sigma, texts), losses(model, x0, noise, sigma, texts, pyramid=2.0)
+    x = flow.add_noise(x0, noise, sigma)
+    with small_pictures(head) as found:
+        model(x, 1 - sigma, texts)
+    extra = sum((p - F.interpolate(x0, p.shape[-2:], mode="area")).square().mean(dim=(1, 2, 3)) for p in found)
+    torch.testing.assert_close(more, plain + 2 * extra)
+    more.mean().backward()
+    assert all(p.grad is not None for p in head.parameters())
+    head.band_rows = 16
+    with small_pictures(head) as found:
+        model(x0, sigma, texts)
+    assert sorted(p.shape[2] for p in found) == [32 >> k for k in range(len(head.levels), head.table_banded - 1, -1)]
+    assert not head.dec2[0]._forward_hooks
+
+
+def test_noise_of_a_coarse_start():
+    """At the level where the fine grid goes on, its noisy picture may be that of the blurred one."""
+    x0 = torch.randn(3, 32, 32, generator=generator("fine"))
+    blurred = F.interpolate(F.interpolate(x0[None], [8, 8], mode="area"), [32, 32], mode="bicubic")[0]
+    noise, level = torch.zeros_like(x0), 0.8
+    found = coarse_noise(noise, x0, 8, level, generator("blur"))
+    blur = torch.rand((), generator=generator("blur")) * 2
+    torch.testing.assert_close((1 - level) * x0 + level * found, (1 - level) * (x0 + blur * (blurred - x0)))
 
 
 def test_schedule():

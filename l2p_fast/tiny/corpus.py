@@ -1,6 +1,6 @@
-"""The training pictures: the source model draws them itself, as in the paper.
+"""The training pictures: the source model draws them itself, as in the paper; those of finer grids the renderer.
 
-The folder has the published layout: pictures beside a ``metadata.csv`` with the columns image, prompt, seed. The table
+A folder has the published layout: pictures beside a ``metadata.csv`` with the columns image, prompt, seed. The table
 names only the pictures that the scorer reads as their prompt: a small source is often wrong, and its errors need not
 be handed on.
 """
@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import atomic_path
+from ..ops import to_uint8
 from .ldm import BATCH, SIDE, random_pictures
 from .scorer import matches, read
+from .world import draw
 
 STEPS, GUIDANCE = 16, 3.5
 
@@ -66,6 +68,25 @@ def run(folder: Path, device: torch.device, count: int) -> None:
     right = [
         row for row, prompt in zip(rows, prompts, strict=True) if matches(prompt, read(Image.open(corpus / row[0])))
     ]
-    with atomic_path(corpus / "metadata.csv") as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([("image", "prompt", "seed"), *right])
+    write_table(corpus, right)
     print(f"{len(right)} of {count} pictures show what they were asked for and are listed in {corpus / 'metadata.csv'}")
+
+
+def draw_corpus(folder: Path, side: int, count: int) -> None:
+    """``count`` pictures of ``side`` px by the renderer into ``folder``; what is there already is kept."""
+    if (folder / "metadata.csv").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn, rows = random_pictures(4, side), []
+    for i in tqdm(range(count), desc=f"renderer {side} px", disable=not sys.stderr.isatty()):
+        prompt, scene, _ = next(drawn)
+        rows.append((f"{i:05d}.png", prompt.text, i))
+        with atomic_path(folder / rows[-1][0]) as temporary:
+            values = torch.from_numpy(draw(scene, side, side))
+            Image.fromarray(to_uint8(values[None])[0].numpy()).save(temporary, compress_level=1)
+    write_table(folder, rows)
+
+
+def write_table(folder: Path, rows: Sequence[tuple[str, str, int]]) -> None:
+    with atomic_path(folder / "metadata.csv") as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([("image", "prompt", "seed"), *rows])

@@ -47,6 +47,7 @@ class ObjectiveConfig:
     std: float = 1.0
     uniform_share: float = 0.0  # of the pictures: their level is drawn without the shift
     noise: Literal["seed", "fresh"] = "seed"  # seed: the table's seed fixes a picture's noise for the whole run
+    pyramid: float = 0.0  # weight of the loss on small copies of the picture inside the head: it learns colors sooner
 
 
 @dataclass
@@ -57,6 +58,10 @@ class GridConfig:
     batch: int = 8  # pictures of an optimizer step, all processes and accumulated passes together
     share: float = 1.0
     sigma_max: float = 1.0  # noise levels are scaled to lie below
+    shift: float = 0.0  # of the noise levels; 0: the objective's
+    path: str = ""  # pictures of this grid alone; empty: data.path
+    head_crop: int = 0  # the head sees a window of so many tokens a side of each picture; 0: all of it
+    coarse: int = 0  # the grid finishes what a run of so many tokens a side began: its blur is learned; 0: it doesn't
 
 
 @dataclass
@@ -256,6 +261,10 @@ def check(config: Config) -> None:
     }  # fmt: skip
     for i, grid in enumerate(config.data.grids):
         positive |= {f"data.grids.{i}.{key}": getattr(grid, key) for key in ("tokens", "batch", "share", "sigma_max")}
+        if min(grid.shift, grid.head_crop, grid.coarse) < 0:
+            raise UserError(f"data.grids.{i}: shift, head_crop and coarse must not be negative")
+    if config.objective.pyramid < 0:
+        raise UserError(f"objective.pyramid must not be negative, got {config.objective.pyramid}")
     for name, value in positive.items():
         if not value > 0:
             raise UserError(f"{name} must be positive, got {value}")

@@ -23,7 +23,7 @@ import tarfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import atomic_path
 from .config import DataConfig, ObjectiveConfig
-from .objective import draw_noise, draw_sigma, generator
+from .objective import coarse_noise, draw_noise, draw_sigma, generator
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPT_KEYS = ("prompt", "text", "caption")
@@ -44,7 +44,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  #
 
 @dataclass(frozen=True)
 class Picture:
-    """A training picture, not yet opened: a file, or ``length`` bytes from ``offset`` of a shard."""
+    """A training picture, not yet opened: a file, or ``length`` bytes from ``offset`` of a shard, of data `path`."""
 
     file: str
     prompt: str
@@ -52,6 +52,7 @@ class Picture:
     member: str = ""
     offset: int = 0
     length: int = 0
+    path: str = ""
 
     @property
     def name(self) -> str:
@@ -76,16 +77,20 @@ class Picture:
 
 # --- The layouts -----------------------------------------------------------------------------------------------------
 def list_pictures(config: DataConfig) -> list[Picture]:
-    """All pictures of ``config.path``, in the order of their table or shards.
+    """All pictures of ``config.path`` and of the grids' own paths, in the order of their tables or shards.
 
     Raises:
         UserError: no such data, no known layout, a row without a prompt, a number that is none.
     """
-    path = Path(config.path)
-    if not config.path:
+    if any(not (grid.path or config.path) for grid in config.grids):
         raise UserError("no training data; give data.path=FOLDER (metadata.csv, metadata.jsonl or .tar shards)")
-    layout = config.layout
-    shards = sorted(glob.glob(str(path / "*.tar") if path.is_dir() else config.path))
+    paths = dict.fromkeys(grid.path or config.path for grid in config.grids)
+    return [replace(picture, path=path) for path in paths for picture in _list(path, config.layout)]
+
+
+def _list(where: str, layout: str) -> list[Picture]:
+    path = Path(where)
+    shards = sorted(glob.glob(str(path / "*.tar") if path.is_dir() else where))
     if layout == "auto":
         if path.suffix == ".csv" or (path / "metadata.csv").exists():
             layout = "csv"
@@ -270,7 +275,7 @@ def make_buckets(
         shapes = shapes_of(grid.tokens, config.max_aspect, step)
         members: dict[tuple[int, int], list[int]] = {shape: [] for shape in shapes}
         for i, a in enumerate(aspects):
-            if a is not None:
+            if a is not None and pictures[i].path == (grid.path or config.path):
                 members[min(shapes, key=lambda s, a=a: abs(math.log(s[0] / s[1]) - math.log(a)))].append(i)
         buckets += [Bucket(number, shape, places) for shape, places in members.items() if places]
     return buckets
@@ -284,12 +289,14 @@ class Batch:
         pixels, noise: (B, 3, H, W) fp32 on the CPU.
         sigma: (B,) fp32 noise levels.
         prompts: B of them, empty where the caption was dropped.
+        windows: B boxes (row, column, height, width) in tokens that the head sees, or None.
     """
 
     pixels: Tensor
     noise: Tensor
     sigma: Tensor
     prompts: list[str]
+    windows: list[tuple[int, int, int, int]] | None
 
 
 class Stream:
@@ -395,8 +402,9 @@ class Stream:
 
     def _load(
         self, bucket: Bucket, candidates: Iterator[int], step: int, place: int
-    ) -> tuple[Tensor, Tensor, float, str]:
-        """Picture, noise, noise level and prompt at ``place`` of a step's batch."""
+    ) -> tuple[Tensor, Tensor, float, str, tuple[int, int, int, int] | None]:
+        """Picture, noise, noise level, prompt and window at ``place`` of a step's batch."""
+        grid = self.config.grids[bucket.grid]
         height, width = (side * self.patch_size for side in bucket.shape)
         for candidate in candidates:
             picture = self.pictures[candidate]
@@ -407,16 +415,27 @@ class Stream:
                 self._check_bad()
                 continue
             rng = generator(self.seed, "picture", step, place)
-            sigma = draw_sigma(self.objective, rng, self.config.grids[bucket.grid].sigma_max)
+            sigma = draw_sigma(self.objective, rng, grid)
             dropped = torch.rand((), generator=rng).item() < self.config.caption_dropout
             noise = draw_noise(self.objective, pixels.shape, picture.seed, rng)
-            return pixels, noise, sigma, "" if dropped else picture.prompt
+            if grid.coarse:
+                noise = coarse_noise(noise, pixels, grid.coarse * self.patch_size, grid.sigma_max, rng)
+            window = None
+            if grid.head_crop:
+                sides = [min(grid.head_crop, side) for side in bucket.shape]
+                rooms = zip(bucket.shape, sides, strict=True)
+                corner = [int(torch.randint(side - part + 1, (), generator=rng)) for side, part in rooms]
+                window = *corner, *sides
+            return pixels, noise, sigma, "" if dropped else picture.prompt, window
         raise UserError("none of the pictures can be read; check data.path")
 
     @staticmethod
     def _collect(parts: list[Future]) -> Batch:
-        pixels, noise, sigma, prompts = zip(*(part.result() for part in parts), strict=True)
-        return Batch(torch.stack(pixels), torch.stack(noise), torch.tensor(sigma), list(prompts))
+        pixels, noise, sigma, prompts, windows = zip(*(part.result() for part in parts), strict=True)
+        return Batch(
+            torch.stack(pixels), torch.stack(noise), torch.tensor(sigma), list(prompts),
+            None if windows[0] is None else list(windows),
+        )  # fmt: skip
 
     def _check_bad(self) -> None:
         if len(self.bad) > self.config.max_bad_share * len(self.pictures):

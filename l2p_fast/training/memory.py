@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoint import Checkpoint, build_empty
 from ..dit import ADALN_DIM, TransformerBlock, rope_tables
 from .build import BLOCKS
-from .config import Config
+from .config import Config, GridConfig
 from .data import shapes_of
 from .freeze import freeze, groups
 from .optim import CHUNK, state_bytes
@@ -73,16 +73,16 @@ def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
     states = 0 if config.optim.offload else sum(state_bytes(p.shape, config.optim, width) for p in trained) // world
     average = 4 * sum(p.numel() for p in trained) // world if config.ema.decay and not config.ema.device else 0
 
-    moments = [_activations(config, model, grid.tokens, grid.batch // (world * config.accumulation) or 1)
+    moments = [_activations(config, model, grid, grid.batch // (world * config.accumulation) or 1)
                for grid in config.data.grids]  # fmt: skip
     kept, working = max(moments, key=sum)
     update = 4 * 4 * min(CHUNK, largest)  # fp32 copies of the values being updated
     return Memory(weights, gradients, states, average, kept, max(working, update), config.accumulation > 1)
 
 
-def _activations(config: Config, model: nn.Module, tokens: int, batch: int) -> tuple[int, int]:
-    """(what is kept, what a backward pass works in): bytes for a batch of pictures of ``tokens`` tokens."""
-    dtype = DTYPES[config.model.compute]
+def _activations(config: Config, model: nn.Module, grid: GridConfig, batch: int) -> tuple[int, int]:
+    """(what is kept, what a backward pass works in): bytes for a batch of pictures of ``grid``."""
+    dtype, tokens = DTYPES[config.model.compute], grid.tokens
     joint = batch * (tokens + TEXT_TOKENS) * model.config.dim
     images = batch * tokens * model.config.dim
     texts = batch * TEXT_TOKENS * model.config.dim
@@ -95,8 +95,8 @@ def _activations(config: Config, model: nn.Module, tokens: int, batch: int) -> t
         kept, block = values * per_value, joint * temporary
     step = model.size_multiple // model.patch_size
     h, w = shapes_of(tokens, config.data.max_aspect, step)[0]
-    height, width = h * model.patch_size, w * model.patch_size
-    pictures = PIXEL_TENSORS * 4 * 3 * batch * height * width
+    pictures = PIXEL_TENSORS * 4 * 3 * batch * h * w * model.patch_size**2
+    height, width = (min(side, grid.head_crop or side) * model.patch_size for side in (h, w))
     return int(kept), int(pictures + max(block, head_bytes(model, batch, height, width, dtype, config.memory.head_mb)))
 
 
