@@ -45,7 +45,7 @@ SHIFTS = {16: 6.0, 64: 16.0}
 # (tokens of a side, pictures in a batch, tokens of a side that the head sees or 0: all, share of the steps)
 GRIDS = {
     16: ((8, 32, 0, 0.82), (16, 6, 0, 0.06), (32, 2, 0, 0.07), (64, 1, 16, 0.05)),
-    64: ((8, 12, 4, 0.70), (8, 3, 0, 0.12), (16, 2, 8, 0.08), (32, 1, 8, 0.05), (64, 1, 8, 0.05)),
+    64: ((8, 12, 4, 0.78), (8, 3, 0, 0.12), (16, 2, 8, 0.06), (32, 1, 8, 0.03), (64, 1, 8, 0.01)),
 }
 RATES = {16: 1e-3, 64: 1.5e-3}
 FINE_PICTURES = {16: 240, 32: 80, 64: 24}  # the renderer's, by tokens of a side
