@@ -72,7 +72,7 @@ def test_states_move_between_processes_bit_for_bit(tmp_path):
     settings = ["optim.kind=adamw8bit", "save_every=100", f"run={tmp_path / 'run'}"]
     run_ranks(2, [config, *settings, "steps=3"], tmp_path / "log")
     [place] = checkpoints.complete(tmp_path / "run")
-    held = checkpoints.index(place)
+    held = checkpoints.Reader(place).index()
     eight = [name for name in held if name.endswith(".m_scale")]
     assert eight and all(held[n.removesuffix("_scale")].properties.dtype == torch.uint8 for n in eight)
     assert all(len(held[name].chunks) == 2 for name in eight)  # both wrote their rows

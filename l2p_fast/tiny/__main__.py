@@ -1,4 +1,4 @@
-"""``python -m l2p_fast.tiny ldm | corpus | transfer | score | sheet``: make and measure the bundled models."""
+"""``python -m l2p_fast.tiny ldm | corpus | transfer | score | ablate | sheet``: make and measure the bundled models."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ def parser() -> argparse.ArgumentParser:
         "--sides-16", type=int, nargs="*", default=[128, 256], help="px of the patch-16 model's pictures"
     )
     score.add_argument("--sides-64", type=int, nargs="*", default=[512], help="px of the patch-64 model's pictures")
+    ablate = stages.add_parser("ablate", help="short transfers that differ in one setting, scored and plotted")
+    ablate.add_argument("--steps", type=int, default=400, help="training steps of each run (default 400)")
+    ablate.add_argument("--per-task", type=int, default=12, help="prompts of each of the six tasks (default 12)")
+    ablate.add_argument("--other", type=Path, help="folder of another model's pictures with a metadata.csv")
     sheet = stages.add_parser("sheet", help="a contact sheet of 16 prompts by the bundled model")
     sheet.add_argument("--out", type=Path, default=Path("contact-sheet.png"))
     sheet.add_argument("--res", type=int, default=512, help="px of a side of each picture (default 512)")
-    for stage in (ldm, corpus, transfer, score, sheet):
+    for stage in (ldm, corpus, transfer, score, ablate, sheet):
         stage.add_argument(
             "--folder", type=Path, default=Path("runs/tiny"), help="where all is kept (default runs/tiny)"
         )
@@ -40,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     numbers = {
-        name: value for name, value in vars(args).items() if name in ("minutes", "count", "pictures", "per_task")
+        name: value
+        for name, value in vars(args).items()
+        if name in ("minutes", "count", "pictures", "per_task", "steps")
     }
     for name, value in numbers.items():
         if value <= 0:
@@ -68,6 +74,10 @@ def main(argv: list[str] | None = None) -> int:
         from . import transfer
 
         transfer.run(args.folder, device, args.patch_size, args.minutes)
+    elif args.stage == "ablate":
+        from . import ablate
+
+        ablate.run(args.folder, device, args.steps, args.per_task, args.other)
     elif args.stage == "sheet":
         from . import score
 

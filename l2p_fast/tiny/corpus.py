@@ -68,7 +68,7 @@ def run(folder: Path, device: torch.device, count: int) -> None:
     right = [
         row for row, prompt in zip(rows, prompts, strict=True) if matches(prompt, read(Image.open(corpus / row[0])))
     ]
-    write_table(corpus, right)
+    write_table(corpus / "metadata.csv", right)
     print(f"{len(right)} of {count} pictures show what they were asked for and are listed in {corpus / 'metadata.csv'}")
 
 
@@ -84,9 +84,9 @@ def draw_corpus(folder: Path, side: int, count: int) -> None:
         with atomic_path(folder / rows[-1][0]) as temporary:
             values = torch.from_numpy(draw(scene, side, side))
             Image.fromarray(to_uint8(values[None])[0].numpy()).save(temporary, compress_level=1)
-    write_table(folder, rows)
+    write_table(folder / "metadata.csv", rows)
 
 
-def write_table(folder: Path, rows: Sequence[tuple[str, str, int]]) -> None:
-    with atomic_path(folder / "metadata.csv") as temporary, open(temporary, "w", newline="") as file:
+def write_table(path: Path, rows: Sequence[tuple[str, str, int]]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([("image", "prompt", "seed"), *rows])

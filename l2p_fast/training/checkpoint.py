@@ -4,7 +4,7 @@
 
 Each process writes its shards; any number of processes can read them. A checkpoint is written beside its place and
 renamed when it is complete and on disk, so what bears its name is whole. PyTorch keeps its index as a pickle: that is
-read here first, by a reader that knows nothing but such an index.
+read here, by a reader that knows nothing but such an index.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from ..checkpoint import Piece, Stored
 from ..errors import UserError
@@ -113,7 +113,8 @@ def load(path: str | Path, tensors: dict[str, Tensor], workers: Workers) -> None
     Raises:
         UserError: it lacks some, has them in other shapes, or is damaged.
     """
-    held = index(path)
+    reader = Reader(path)
+    held = reader.index()
     for name, tensor in tensors.items():
         if name not in held:
             raise UserError(f"the checkpoint {path} has no {name}; it is of another configuration")
@@ -122,15 +123,7 @@ def load(path: str | Path, tensors: dict[str, Tensor], workers: Workers) -> None
                 f"the checkpoint {path} is of another model: {name} is {tuple(held[name].size)} there, "
                 f"{tuple(tensor.shape)} here"
             )
-    _read(path, tensors, workers.world == 1)
-
-
-def _read(path: str | Path, tensors: dict[str, Tensor], alone: bool) -> None:
-    try:
-        with _quiet():
-            dcp.load(tensors, checkpoint_id=path, no_dist=alone)
-    except _FAILED as error:
-        raise UserError(f"the checkpoint {path} is damaged: {_reason(error)}; remove it, and try again") from error
+    reader.load(tensors, workers.world == 1)
 
 
 class _Index(pickle.Unpickler):
@@ -145,18 +138,39 @@ class _Index(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
 
 
-def index(path: str | Path) -> dict[str, TensorStorageMetadata]:
-    """The tensors of a checkpoint by name: shapes and dtypes.
+class Reader(dcp.FileSystemReader):
+    """Reads tensors of a checkpoint, any number of times, after its index, once.
 
     Raises:
         UserError: it is damaged, or made to run code.
     """
-    try:
-        with open(Path(path) / INDEX, "rb") as file:
-            found = _Index(file).load().state_dict_metadata
-    except Exception as error:  # a damaged pickle raises anything
-        raise UserError(f"the checkpoint {path} is damaged: {error}; remove it, and try again") from error
-    return {name: value for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        try:
+            with open(Path(path) / INDEX, "rb") as file:
+                self._metadata: Metadata = _Index(file).load()
+        except Exception as error:  # a damaged pickle raises anything
+            raise UserError(f"the checkpoint {path} is damaged: {error}; remove it, and try again") from error
+        self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+    def index(self) -> dict[str, TensorStorageMetadata]:
+        """The tensors by name: shapes and dtypes."""
+        found = self._metadata.state_dict_metadata
+        return {name: value for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
+
+    def load(self, tensors: dict[str, Tensor], alone: bool) -> None:
+        """Fill ``tensors`` in place; ``alone``: this process by itself."""
+        try:
+            with _quiet():
+                dcp.load(tensors, storage_reader=self, no_dist=alone)
+        except _FAILED as error:
+            raise UserError(
+                f"the checkpoint {self.path} is damaged: {_reason(error)}; remove it, and try again"
+            ) from error
 
 
 class TrainedTensors:
@@ -165,7 +179,8 @@ class TrainedTensors:
     config: dict[str, Any] = {}
 
     def __init__(self, path: str | Path, average: bool = False):
-        self.path, self._index = Path(path), index(path)
+        self.path, self._reader = Path(path), Reader(path)
+        self._index = self._reader.index()
         self._prefix = EMA if average else MODEL
         names = [name for name in self._index if name.startswith(self._prefix)]
         if not names:
@@ -182,7 +197,7 @@ class TrainedTensors:
 
         def chunks(kind: torch.dtype) -> Iterator[Tensor]:
             value = torch.empty(self.shapes[key], dtype=stored)
-            _read(self.path, {name: value}, alone=True)
+            self._reader.load({name: value}, alone=True)
             yield value.to(kind)
 
         return Piece(self.shapes[key], dtype or stored, chunks)

@@ -1,0 +1,179 @@
+"""The paper's ablations in small: short transfers that differ in one setting, scored on the fixed prompts.
+
+Each run is `transfer.settings` with something replaced, trained for the same number of steps from the same start, and
+sampled on the source's own grid. A run that is done is kept, one that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .. import train
+from ..errors import UserError
+from ..files import atomic_path
+from ..pipeline import L2PPipeline
+from ..training.config import Config, FreezeConfig
+from ..training.parallel import start
+from .corpus import draw_corpus, write_table
+from .score import BATCH, from_pipeline, measure
+from .scorer import matches, read
+from .transfer import FREE_BLOCKS, GRID, SHIFTS, prepare, save_pipeline, settings
+from .world import Prompt, evaluation_prompts
+
+FEW = 300  # pictures where their origin is compared
+_EVERYTHING_ELSE = ["all_x_embedder.*", "noise_refiner.*", "context_refiner.*", "t_embedder.*", "cap_embedder.*",
+                    "x_pad_token", "cap_pad_token", "local_decoder.*"]  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A row of the table: what is asked, what is chosen, and how that changes the configuration."""
+
+    question: str
+    choice: str
+    change: Callable[[Config], None]
+    patch_size: int = 16
+
+    @property
+    def name(self) -> str:
+        return f"{self.question}-{self.choice}".replace(" ", "-")
+
+
+def plan(folder: Path, other: Path | None, n_layers: int) -> list[Run]:
+    """All runs. ``other`` is a folder of another model's pictures in the published layout, or None: left out."""
+    corpus, lists = folder / "corpus", folder / "ablations"
+
+    def pictures(path: Path) -> Callable[[Config], None]:
+        return lambda config: setattr(config.data, "path", str(path))
+
+    def blocks(freeze: FreezeConfig) -> Callable[[Config], None]:
+        return lambda config: setattr(config, "freeze", freeze)
+
+    def shift(value: float) -> Callable[[Config], None]:
+        def change(config: Config) -> None:
+            config.objective.shift = value
+            config.model.base = str(folder / "l2p-64" / "transformer")
+            config.optim.lr /= 5  # the model is trained already
+
+        return change
+
+    middle = [f"layers.{i}.*" for i in range(FREE_BLOCKS, n_layers - FREE_BLOCKS)]
+    runs = [
+        Run("trained blocks", "shallow", lambda config: None),
+        Run("trained blocks", "middle", blocks(FreezeConfig([*_EVERYTHING_ELSE, *middle]))),
+        Run("trained blocks", "all", blocks(FreezeConfig("full"))),
+        Run("optimizer", "8-bit", lambda config: setattr(config.optim, "kind", "adamw8bit")),
+        Run("pictures", "75", pictures(_first(corpus, 75, lists / "source-75.csv"))),
+        Run("pictures", str(FEW), pictures(_first(corpus, FEW, lists / f"source-{FEW}.csv"))),
+        Run("pictures by", "the renderer", pictures(folder / "renderer" / "ablation")),
+    ]
+    if other is not None:
+        runs.append(Run("pictures by", "another model", pictures(_first(other, FEW, lists / "other.csv", check=True))))
+    if (folder / "l2p-64").exists():
+        runs += [Run("shift at patch 64", f"{value:g}", shift(value), 64) for value in (3.0, SHIFTS[16], SHIFTS[64])]
+    return runs
+
+
+def _first(data: Path, count: int, table: Path, check: bool = False) -> Path:
+    """A table of the first ``count`` pictures of the folder ``data``; with ``check``, of those that are right."""
+    if table.exists():
+        return table
+    try:
+        with open(data / "metadata.csv", newline="") as file:
+            rows = [(str(data.resolve() / row["image"]), row["prompt"], row["seed"]) for row in csv.DictReader(file)]
+    except (OSError, KeyError) as error:
+        raise UserError(f"{data} must hold pictures and a metadata.csv with image, prompt, seed ({error})") from error
+    if check:
+        rows = [row for row in rows if matches(Prompt.parse(row[1]), read(Image.open(row[0])))]
+    if len(rows) < count:
+        raise UserError(f"{data} has {len(rows)} pictures that can be used, {count} are needed")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_table(table, rows[:count])
+    return table
+
+
+def configure(folder: Path, run: Run, steps: int, device: torch.device) -> Config:
+    """The configuration of a run: the transfer's, on the source's own grid alone."""
+    config = settings(folder, run.patch_size, 0.0)
+    config.run, config.steps, config.device = str(folder / "ablations" / run.name), steps, str(device)
+    config.data.grids = [replace(config.data.grids[0], share=1.0)]
+    config.save_every, config.keep, config.ema.decay = 100, 1, 0.99
+    run.change(config)
+    return config
+
+
+def run(folder: Path, device: torch.device, steps: int, per_task: int, other: Path | None) -> None:
+    """Train, score and draw; writes ``ablations.json``, ``ablations.md`` and ``ablations.png`` to ``folder``."""
+    prepare(folder, 16, device)
+    draw_corpus(folder / "renderer" / "ablation", 2 * GRID * 16, FEW)
+    n_layers = json.loads((folder / "init-16" / "config.json").read_text())["n_layers"]
+    prompts = evaluation_prompts(per_task)
+    path = folder / "ablations.json"
+    table: list[dict] = json.loads(path.read_text()) if path.exists() else []
+    runs = plan(folder, other, n_layers)
+    if other is None:
+        print("pictures by another model are left out: give --other FOLDER")
+    for one in tqdm(runs, desc="ablations", disable=not sys.stderr.isatty()):
+        setting = {"steps": steps, "prompts": len(prompts)}
+        if any(row["run"] == one.name and row.items() >= setting.items() for row in table):
+            continue
+        config, pipeline = configure(folder, one, steps, device), folder / "ablations" / f"{one.name}-pipeline"
+        if not pipeline.exists():
+            workers = start(config)
+            try:
+                if not train.train(config, workers):
+                    return
+            finally:
+                workers.close()
+            save_pipeline(folder, config, pipeline)
+        draw = from_pipeline(
+            L2PPipeline.from_pretrained(pipeline, dtype=torch.bfloat16).to(device), GRID * one.patch_size
+        )
+        scores, _ = measure(one.name, prompts, draw, BATCH if one.patch_size == 16 else 2)
+        row = {"run": one.name, "question": one.question, "choice": one.choice, **setting, **scores}
+        table = [*(old for old in table if old["run"] != one.name), row]
+        print(one.name, scores, flush=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(table, indent=1) + "\n")
+    report(table, folder)
+
+
+def report(table: list[dict], folder: Path) -> None:
+    """The table and a plot of it, one panel for each question; the bars on the bars are standard errors."""
+    from matplotlib.figure import Figure
+
+    base = next(row for row in table if row["choice"] == "shallow")
+    as_base = {"optimizer": "32-bit", "pictures": "all of the source's"}
+    few = next(row for row in table if row["choice"] == str(FEW))
+    panels: dict[str, list[tuple[str, dict]]] = {}
+    for row in table:
+        panels.setdefault(row["question"], []).append((row["choice"], row))
+    for question, choice in as_base.items():
+        panels[question].append((choice, base))
+    panels["pictures by"].insert(0, ("the source", few))
+    figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
+    lines = ["| question | choice | score | standard error |", "|---|---|---|---|"]
+    for axis, (question, rows) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        values = [row["overall"] for _, row in rows]
+        errors = [math.sqrt(v * (1 - v) / row["prompts"]) for v, (_, row) in zip(values, rows, strict=True)]
+        axis.bar([choice for choice, _ in rows], values, yerr=errors, capsize=3)
+        axis.set_title(question, fontsize=10)
+        axis.tick_params(axis="x", rotation=20)
+        lines += [
+            f"| {question} | {choice} | {value:.3f} | {error:.3f} |"
+            for (choice, _), value, error in zip(rows, values, errors, strict=True)
+        ]
+    with atomic_path(folder / "ablations.png") as temporary:
+        figure.savefig(temporary, dpi=100)
+    with atomic_path(folder / "ablations.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
