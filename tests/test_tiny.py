@@ -102,9 +102,9 @@ def test_transfer_starts_from_the_source_and_the_smaller_patch():
     config = {"dim": 32, "n_layers": 5, "n_refiner_layers": 1, "n_heads": 1, "n_kv_heads": 1, "cap_feat_dim": 8,
               "axes_dims": [8, 12, 12], "axes_lens": [64, 16, 16]}  # fmt: skip
     source = ZImageTransformer2DModel(all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, **config)
-    small = transfer.initial_model(source, 16, None)
+    small = transfer.initial_model(source, 16)
     assert torch.equal(small.layers[2].attention.to_q.weight, source.layers[2].attention.to_q.weight)
-    large = transfer.initial_model(source, 64, small)
+    large = transfer.initial_model(small, 64)
     patch = torch.randn(1, 3, 16, 16)
     enlarged = patch.repeat_interleave(4, 2).repeat_interleave(4, 3)
     torch.testing.assert_close(small._embed_image(patch)[:, 0], large._embed_image(enlarged)[:, 0])

@@ -13,7 +13,7 @@ pytest.importorskip("scipy", reason="the small world needs scipy: pip install l2
 pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
 pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install l2p_fast[train]")
 
-from tiny_pipeline import FEATURES, tiny_text_encoder, tiny_tokenizer
+from tiny_pipeline import FEATURES, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
 from l2p_fast.pipeline import load_pipeline
 from l2p_fast.tiny import __main__ as command
@@ -39,6 +39,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "HEAD_WIDTHS", {16: 0.05, 64: 0.05})
     monkeypatch.setattr(transfer, "GRIDS", {16: ((8, 2, 4, 0.5), (16, 1, 8, 0.5)), 64: ((8, 1, 2, 1.0),)})
     monkeypatch.setattr(transfer, "FINE_PICTURES", {16: 2})
+    monkeypatch.setattr(transfer, "FOLLOW_STEPS", 2)
     (tmp_path / "corpus").mkdir()
     rows = [(f"{i}.png", f"a {color} star", i) for i, color in enumerate(("red", "blue", "green", "black"))]
     for i, (name, _, _) in enumerate(rows):
@@ -58,6 +59,24 @@ def test_transfer_makes_both_models(folder):
     assert pipeline.transformer.config.rope_grid == 8 and pipeline.default_guidance_scale == 2.0
     expected = frozen.layers[2].attention.to_q.weight.to(torch.bfloat16)
     assert torch.equal(pipeline.transformer.layers[2].attention.to_q.weight.to(torch.bfloat16), expected)
+
+
+def test_larger_patch_follows_the_smaller_one():
+    """Features of 4 x 4 means under 4 times less noise come close to those of the picture that they are."""
+    small = tiny_transformer(rope_grid=8)
+    pictures = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(0)).repeat(1, 1, 16, 16)
+    shift, scale, level = 16.0, 4, 0.95
+    k = 1 - level + level / scale
+    x = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    texts = [torch.zeros(1, FEATURES)] * 2
+    follower = transfer.follow(small, scale, pictures.to(torch.uint8), shift, 120)
+    with torch.no_grad():
+        wanted = small.features(x, torch.full((2,), 1 - level / scale / k), texts)
+        errors = [
+            (model.features(k * x, torch.full((2,), 1 - level), texts) - wanted).square().mean().item()
+            for model in (small, follower)
+        ]
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_ablations(folder, monkeypatch, capsys):
