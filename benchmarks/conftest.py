@@ -23,7 +23,7 @@ from .measure import FAILED, NOT_RUN, OK, SCALES, WRONG, Limits, Scale
 
 OURS = "ours"
 # What matters most comes first, in case the time runs out; compiling takes longest and comes last.
-ORDER = ("test_head", "test_step", "test_ops", "test_block", "test_image", "test_train")
+ORDER = ("test_head", "test_step", "test_ops", "test_block", "test_attention", "test_image", "test_train")
 GIB = 2**30
 
 
