@@ -111,9 +111,10 @@ def pytest_report_header(config) -> str:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    def place(item) -> tuple[bool, int]:
+    def place(item) -> tuple[bool, bool, int]:
         module = item.module.__name__.rpartition(".")[2]
-        return "compiled" in item.name, ORDER.index(module) if module in ORDER else len(ORDER)
+        slow = "block_lowbit" in item.name  # on a CPU
+        return "compiled" in item.name, slow, ORDER.index(module) if module in ORDER else len(ORDER)
 
     items.sort(key=place)
 

@@ -1,5 +1,6 @@
-"""Attention over 4096 image tokens and text, heads of width 128, by every backend that is installed, and over a ragged
-batch of two such rows, as guidance makes them: `pytest benchmarks/test_attention.py`.
+"""Attention over 4096 image tokens and text, in heads of width 128, by every backend that is installed, and over a ragged
+batch of two such rows, as guidance makes them: `pytest benchmarks/test_attention.py`. The scale's models tell how many
+heads.
 
 Ours: the backend that ``--attention auto`` takes. Plain: scaled_dot_product_attention, row by row. Backends that have a
 kernel for packed rows are measured with it on the ragged batch.
@@ -25,9 +26,9 @@ ROUNDING = {"sage", "sage_hub"}
 
 @torch.no_grad()
 def build(variant: str, scale: Scale, device: str, ragged: bool = False) -> Case:
-    heads, tokens = scale.heads(scale.wide), counts.padded(scale.grid**2)
+    heads, tokens = scale.heads(scale.dim), counts.padded(scale.grid**2)
     lengths = [tokens + scale.text_tokens] + [tokens + counts.SEQUENCE_MULTIPLE] * ragged
-    shape = sum(lengths), heads, scale.wide // heads
+    shape = sum(lengths), heads, scale.dim // heads
     query, key, value = (torch.randn(shape, device=device, dtype=scale.torch_dtype) for _ in range(3))
     row = query[None, : lengths[0]]
     backend = variant
@@ -55,19 +56,19 @@ def build(variant: str, scale: Scale, device: str, ragged: bool = False) -> Case
     run = {"plain": plain, "plain compiled": torch.compile(plain)}.get(variant, by_backend)
     return Case(
         run=run,
-        work=counts.Work(sum(counts.attention(n, scale.wide) for n in lengths)) + counts.moved(shape) * 4,
+        work=counts.Work(sum(counts.attention(n, scale.dim) for n in lengths)) + counts.moved(shape) * 4,
         check=lambda: error(run(), plain()),
         tolerance=0.1 if backend in ROUNDING else 0.01,
         against="the plain form in the same dtype",
-        facts={"width": scale.wide, "backend": backend, "packed": packed is not None},
+        facts={"width": scale.dim, "heads": heads, "backend": backend, "packed": packed is not None},
     )
 
 
 @pytest.mark.parametrize("variant", ("ours", "plain", *BACKENDS, "plain compiled"))
 def test_attention(row, scale, variant):
-    row(build, "op", "attention", scale.grid * 64, variant)
+    row(build, "op", f"attention, heads: {scale.heads(scale.dim)}", scale.grid * 64, variant)
 
 
 @pytest.mark.parametrize("variant", ("ours", "plain", *PACKING))
 def test_ragged_attention(row, scale, variant):
-    row(build, "op", "ragged attention", scale.grid * 64, variant, ragged=True)
+    row(build, "op", f"ragged attention, heads: {scale.heads(scale.dim)}", scale.grid * 64, variant, ragged=True)
