@@ -1,6 +1,5 @@
-"""Attention over 4096 image tokens and text, in heads of width 128, by every backend that is installed, and over a ragged
-batch of two such rows, as guidance makes them: `pytest benchmarks/test_attention.py`. The scale's models tell how many
-heads.
+"""Attention over 4096 image tokens and text by every installed backend, and over a ragged batch of two such rows,
+as guidance makes them: `pytest benchmarks/test_attention.py`. Heads of width 128, as many as the scale's models have.
 
 Ours: the backend that ``--attention auto`` takes. Plain: scaled_dot_product_attention, row by row. Backends that have a
 kernel for packed rows are measured with it on the ragged batch.
