@@ -17,15 +17,18 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from l2p_fast import lowbit
 from l2p_fast.detailer import DetailerHead
+from l2p_fast.errors import UserError
 from l2p_fast.model import L2PTransformer2DModel
 
 from . import counts
-from .measure import Scale, error
+from .measure import Case, NotHere, Scale, error
 
 LATENT_CHANNELS = 16
 VAE_FACTOR = 8
 LATENT_PATCH = 2
+LOWBIT_TOLERANCE = 0.3  # relative error that 8-bit weights may cause; a wrong product is far beyond it
 VAE_TILE = 1024  # pixels of a side of a tile, where the autoencoder tiles
 
 
@@ -74,6 +77,20 @@ def _sizes(scale: Scale) -> dict:
     )
 
 
+def text_features(scale: Scale, device: str) -> Tensor:
+    """(L, C) of one prompt."""
+    return torch.randn(scale.text_tokens, scale.cap_dim, device=device, dtype=scale.torch_dtype)
+
+
+def latent_call(model: ZImageTransformer2DModel, cap: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The latent model as a function of one picture's latents (1, 16, h, w) and time (1,)."""
+    return lambda x, t: model([x[0, :, None].to(model.dtype)], t, [cap]).sample[0][None, :, 0]
+
+
+def model_facts(scale: Scale, tokens: int) -> dict:
+    return {"width": scale.dim, "layers": scale.layers, "tokens": tokens}
+
+
 def body_work(scale: Scale, patch: int, side: int) -> counts.Work:
     """One pass of the pixel model's transformer and head over a square picture of ``side`` px."""
     with torch.device("meta"):
@@ -120,6 +137,44 @@ class Judge:
             return error(result, plain_result)
         exact = run_plain(PlainL2P(copy.deepcopy(self.model).float()))
         return error(result, exact) / error(plain_result, exact)
+
+
+def pixel_case(
+    model: L2PTransformer2DModel,
+    scale: Scale,
+    device: str,
+    run: Callable[[], object],
+    call: Callable[[Tensor], Tensor],
+    run_plain: Callable[..., Tensor],
+    steps: int = 1,
+) -> Case:
+    """A case of the whole pixel model: ``run`` is timed over ``steps`` steps, and ``call(noise)`` is judged by
+    ``run_plain(noise, plain)`` on a square picture of a size that memory allows."""
+    patch = model.patch_size
+    side = scale.grid * patch
+    checked, judge = check_side(side, device), Judge(model, device)
+
+    def check() -> float:
+        noise = torch.randn(1, 3, checked, checked, device=device)
+        plain = PlainL2P(model)
+        return judge(call(noise), run_plain(noise, plain), lambda plain: run_plain(noise, plain))
+
+    return Case(
+        run=run,
+        work=body_work(scale, patch, side) * steps,
+        check=check,
+        tolerance=judge.tolerance,
+        against=f"{judge.against}, at {checked} px",
+        facts=model_facts(scale, scale.grid**2) | {"head_width": scale.head_width, "steps": steps},
+    )
+
+
+def check_lowbit(name: str, device: str) -> None:
+    """That ``device`` can do the 8 bits called ``name``; else the row is not run, and says why."""
+    try:
+        lowbit.check(name, torch.device(device))
+    except UserError as problem:
+        raise NotHere(str(problem)) from problem
 
 
 def freeze(model: nn.Module, scale: Scale) -> list[nn.Parameter]:

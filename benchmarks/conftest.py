@@ -23,7 +23,7 @@ from .measure import FAILED, NOT_RUN, OK, SCALES, WRONG, Limits, Scale
 
 OURS = "ours"
 # What matters most comes first, in case the time runs out; compiling takes longest and comes last.
-ORDER = ("test_head", "test_step", "test_ops", "test_block", "test_image", "test_train")
+ORDER = ("test_head", "test_step", "test_ops", "test_block", "test_attention", "test_image", "test_train")
 GIB = 2**30
 
 
@@ -111,9 +111,10 @@ def pytest_report_header(config) -> str:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    def place(item) -> tuple[bool, int]:
+    def place(item) -> tuple[bool, bool, int]:
         module = item.module.__name__.rpartition(".")[2]
-        return "compiled" in item.name, ORDER.index(module) if module in ORDER else len(ORDER)
+        slow = "block_lowbit" in item.name  # on a CPU
+        return "compiled" in item.name, slow, ORDER.index(module) if module in ORDER else len(ORDER)
 
     items.sort(key=place)
 

@@ -51,7 +51,7 @@ trap 'rm -rf "$unfinished"' EXIT
 
 step "build" 240 "$python" setup.py -q build_ext --inplace
 step "info" 60 "$python" -m l2p_fast.info
-step "kernels" 120 "$python" -m pytest -q -p no:cacheprovider tests/test_ops*.py tests/test_detailer*.py
+step "kernels" 120 "$python" -m pytest -q -p no:cacheprovider tests/test_*ops.py tests/test_detailer.py
 step "goldens" 60 "$python" -m pytest -q -p no:cacheprovider tests/test_model.py tests/test_pipeline.py -k golden
 
 left=$((seconds - SECONDS - 15)) # the rest is for the report

@@ -97,6 +97,10 @@ class Case:
     grad: bool = False
 
 
+class NotHere(Exception):
+    """Raised by a case that this machine can't run: its words become the reason of a row that was not run."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Of one row: seconds for all of it, seconds to spend on rounds, most rounds, bytes of memory (CPU only)."""
@@ -154,6 +158,8 @@ def _child(sender, function, arguments, memory) -> None:
         if _is_out_of_memory(problem):
             limit = "" if memory is None else f"needs more than {memory / 2**30:.3g} GB of working memory"
             row = {"status": OUT_OF_MEMORY, "reason": limit or text}
+        elif isinstance(problem, NotHere):
+            row = {"status": NOT_RUN, "reason": text}
         else:
             traceback.print_exc()
             row = {"status": FAILED, "reason": text}

@@ -1,6 +1,6 @@
 """One modulated transformer block on 4096 image tokens and text, at full width: `pytest benchmarks/test_block.py`.
 
-Plain: diffusers' Z-Image block with the same weights.
+Plain: diffusers' Z-Image block with the same weights. fp8 and int8: ours with 8-bit weights, against that.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
+from l2p_fast import lowbit
 from l2p_fast.dit import TransformerBlock, rope_tables
 
 from . import counts
-from .baselines import made_on
+from .baselines import LOWBIT_TOLERANCE, check_lowbit, made_on
 from .conftest import CLOCK
 from .measure import Case, Scale, error
 
@@ -21,6 +22,9 @@ pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 @torch.no_grad()
 def build(variant: str, scale: Scale, device: str) -> Case:
+    bits = next((name for name in lowbit.DTYPES if variant.endswith(name)), None)
+    if bits:
+        check_lowbit(bits, device)
     dim, heads = scale.wide, scale.heads(scale.wide)
     tokens = counts.padded(scale.grid**2) + scale.text_tokens
     with made_on(device, scale.torch_dtype):
@@ -30,6 +34,8 @@ def build(variant: str, scale: Scale, device: str) -> Case:
     plain.load_state_dict(ours.state_dict(), assign=True)
     if variant == "plain compiled":
         plain.compile()
+    if bits:
+        lowbit.quantize_block(ours, bits)
     width = dim // heads
     positions = torch.arange(tokens)[:, None].expand(-1, 3)
     cos, sin = rope_tables(positions.double()[None], (width // 4, width // 8 * 3, width // 8 * 3), 256.0)
@@ -40,15 +46,15 @@ def build(variant: str, scale: Scale, device: str) -> Case:
         return plain(x, None, turns, temb)
 
     def run_ours() -> torch.Tensor:
-        return ours(x, rope, None, temb)
+        return ours(x, rope, temb=temb)
 
-    run = run_ours if variant == "ours" else run_plain
+    run = run_ours if variant.startswith("ours") else run_plain
     return Case(
         run=run,
         work=counts.block(tokens, dim),
         check=lambda: error(run(), run_plain()),
-        tolerance=0.02,
-        against="the plain block in the same dtype",
+        tolerance=LOWBIT_TOLERANCE if bits else 0.02,
+        against=f"the plain block in {scale.dtype}",
         facts={"width": dim, "heads": heads, "tokens": tokens},
     )
 
@@ -56,3 +62,8 @@ def build(variant: str, scale: Scale, device: str) -> Case:
 @pytest.mark.parametrize("variant", ("ours", "plain", "plain compiled"))
 def test_block(row, scale, variant):
     row(build, "block", f"{scale.grid**2}+{scale.text_tokens} tokens", scale.grid * 16, variant)
+
+
+@pytest.mark.parametrize("name", lowbit.DTYPES)
+def test_block_lowbit(row, scale, name):
+    test_block(row, scale, f"ours {name}")

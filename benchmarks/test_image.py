@@ -16,14 +16,15 @@ from . import counts
 from .baselines import (
     LATENT_CHANNELS,
     VAE_FACTOR,
-    Judge,
     PlainL2P,
     autoencoder,
-    body_work,
-    check_side,
+    latent_call,
     latent_model,
     latent_work,
+    model_facts,
+    pixel_case,
     pixel_model,
+    text_features,
 )
 from .conftest import CLOCK
 from .measure import Case, Scale, finite
@@ -43,19 +44,15 @@ def euler(call, noise: torch.Tensor, sigmas: torch.Tensor, device: str) -> torch
 
 @torch.no_grad()
 def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
-    side, steps = scale.grid * patch, scale.image_steps
-    cap = torch.randn(scale.text_tokens, scale.cap_dim, device=device, dtype=scale.torch_dtype)
+    side, steps, cap = scale.grid * patch, scale.image_steps, text_features(scale, device)
     sigmas = flow.sigmas(steps)
-    facts = {"width": scale.dim, "layers": scale.layers, "steps": steps}
     if variant.startswith("latent"):
-        model, vae = latent_model(scale, device), autoencoder(scale, device, tiled=variant == "latent tiled")
+        call = latent_call(latent_model(scale, device), cap)
+        vae = autoencoder(scale, device, tiled=variant == "latent tiled")
         edge = side // VAE_FACTOR
 
-        def raw(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return model([x[0, :, None].to(scale.torch_dtype)], t, [cap]).sample[0][None, :, 0]
-
         def draw_latent() -> list:
-            x = euler(raw, draw_noise((1, LATENT_CHANNELS, edge, edge)), sigmas, device)
+            x = euler(call, draw_noise((1, LATENT_CHANNELS, edge, edge)), sigmas, device)
             latents = (x / vae.config.scaling_factor + vae.config.shift_factor).to(scale.torch_dtype)
             return pixels_to_images(vae.decode(latents).sample.float(), "pil")
 
@@ -68,7 +65,7 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
             work=latent_work(scale, side) * steps + counts.vae_decode(scale.vae_channels, LATENT_CHANNELS, edge, edge),
             check=check_decoder,
             against="shape and finite numbers of a small decode",
-            facts=facts | {"vae_channels": scale.vae_channels, "tokens": (edge // 2) ** 2},
+            facts=model_facts(scale, (edge // 2) ** 2) | {"vae_channels": scale.vae_channels, "steps": steps},
         )
 
     model = pixel_model(scale, patch, device)
@@ -78,28 +75,23 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     pipe = L2PPipeline(model, None, None, make_scheduler())
     pipe.set_progress_bar_config(disable=True)
 
-    def draw_ours(noise: torch.Tensor | None, side: int, kind: str):
+    def run_ours(noise: torch.Tensor | None, side: int, kind: str):
         given = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 1.0}
         return pipe(prompt_embeds=[cap], noise=noise, output_type=kind, **given).images
 
-    def draw_plain(noise: torch.Tensor | None, side: int, kind: str, plain: PlainL2P = plain):
+    def run_plain(noise: torch.Tensor | None, side: int, kind: str, plain: PlainL2P = plain):
         noise = draw_noise((1, 3, side, side)) if noise is None else noise
         return pixels_to_images(euler(lambda x, t: plain(x, t, cap), noise, sigmas, device), kind)
 
-    def check() -> float:
-        noise = draw_noise((1, 3, checked, checked))
-        given = noise, checked, "latent"
-        return judge(draw(*given), draw_plain(*given), lambda plain: draw_plain(*given, plain))
-
-    draw = draw_ours if variant == "ours" else draw_plain
-    checked, judge = check_side(side, device), Judge(model, device)
-    return Case(
+    draw = run_ours if variant == "ours" else run_plain
+    return pixel_case(
+        model,
+        scale,
+        device,
         run=lambda: draw(None, side, "pil"),
-        work=body_work(scale, patch, side) * steps,
-        check=check,
-        tolerance=judge.tolerance,
-        against=f"{judge.against}, at {checked} px",
-        facts=facts | {"head_width": scale.head_width, "tokens": scale.grid**2},
+        call=lambda noise: draw(noise, noise.shape[-1], "latent"),
+        run_plain=lambda noise, plain: run_plain(noise, noise.shape[-1], "latent", plain),
+        steps=steps,
     )
 
 

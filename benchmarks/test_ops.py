@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from l2p_fast import dit, ops
 
@@ -107,17 +105,6 @@ def silu_mul(scale: Scale, make: Callable) -> Op:
     )
 
 
-def attention(scale: Scale, make: Callable) -> Op:
-    heads, tokens = scale.heads(scale.wide), scale.grid**2 + scale.text_tokens
-    q, k, v = (make(1, tokens, heads, scale.wide // heads) for _ in range(3))
-
-    def plain() -> torch.Tensor:
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-    work = counts.Work(counts.attention(tokens, scale.wide)) + counts.moved(q.shape) * 4
-    return lambda: dispatch_attention_fn(q, k, v), plain, work, 0.01
-
-
 OPS = {
     "patchify 64": (patchify, {}),
     "patchify 16": (patchify, {"patch": 16}),
@@ -127,7 +114,6 @@ OPS = {
     "residual + gate x RMSNorm": (gate_norm_residual, {}),
     "qk-RMSNorm + RoPE": (qk_norm_rope, {}),
     "SiLU x mul": (silu_mul, {}),
-    "attention": (attention, {}),
 }
 
 

@@ -2,7 +2,7 @@
 
 Plain: the pixel model as its authors write it, same weights. Latent: Z-Image on the latents of a picture of the same
 size, (side / 16)^2 tokens, without its autoencoder (for that: test_image.py). Widths are those of the scale, and the
-same for both.
+same for both. fp8 and int8: ours with 8-bit weights, their error taken against bf16.
 """
 
 from __future__ import annotations
@@ -10,80 +10,111 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l2p_fast import flow
+from l2p_fast import flow, lowbit
+from l2p_fast.model import L2PTransformer2DModel
 
 from .baselines import (
     LATENT_CHANNELS,
+    LOWBIT_TOLERANCE,
     VAE_FACTOR,
-    Judge,
     PlainL2P,
     body_work,
+    check_lowbit,
     check_side,
+    latent_call,
     latent_model,
     latent_work,
+    model_facts,
+    pixel_case,
     pixel_model,
+    text_features,
 )
 from .conftest import CLOCK
-from .measure import Case, Scale, finite
+from .measure import Case, Scale, error, finite
 from .test_head import NAMES
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 SIGMA, NEXT = 0.5, 0.4
 
 
+def step(raw: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return flow.euler_step(x, flow.velocity(raw.float()), SIGMA, NEXT)
+
+
+def prepared(model: L2PTransformer2DModel, cap: torch.Tensor, t: torch.Tensor, side: int):
+    """Our model as a function of the picture; what doesn't depend on it is computed once a picture, not once a step."""
+    cond = model.prepare([cap], side, side, timesteps=t)
+    return lambda x: model(x, cond=cond, step=0)
+
+
 @torch.no_grad()
 def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
-    side = scale.grid * patch
-    cap = torch.randn(scale.text_tokens, scale.cap_dim, device=device, dtype=scale.torch_dtype)
-    t = torch.full((1,), 1 - SIGMA, device=device)
-    facts = {"width": scale.dim, "layers": scale.layers}
+    side, cap, t = scale.grid * patch, text_features(scale, device), torch.full((1,), 1 - SIGMA, device=device)
     if variant == "latent":
-        model = latent_model(scale, device)
         edge = side // VAE_FACTOR
+        call = latent_call(latent_model(scale, device), cap)
         state = torch.randn(1, LATENT_CHANNELS, edge, edge, device=device)
-
-        def run_latent() -> torch.Tensor:
-            raw = model([state[0, :, None].to(scale.torch_dtype)], t, [cap]).sample[0]
-            return flow.euler_step(state, flow.velocity(raw[None, :, 0].float()), SIGMA, NEXT)
-
         return Case(
-            run=run_latent,
+            run=lambda: step(call(state, t), state),
             work=latent_work(scale, side),
-            check=lambda: finite(run_latent(), tuple(state.shape)),
+            check=lambda: finite(call(state, t), tuple(state.shape)),
             against="its shape, and that every number is finite",
-            facts=facts | {"tokens": (edge // 2) ** 2},
+            facts=model_facts(scale, (edge // 2) ** 2),
         )
 
     model = pixel_model(scale, patch, device)
     plain = PlainL2P(model)
     if variant == "plain compiled":
         plain.compile_parts()
-    pixels = torch.randn(1, 3, side, side, device=device)
-
-    def step(call, x: torch.Tensor) -> torch.Tensor:
-        return flow.euler_step(x, flow.velocity(call(x).float()), SIGMA, NEXT)
+    ours = variant == "ours"
 
     def run_plain(x: torch.Tensor, plain: PlainL2P = plain) -> torch.Tensor:
         return plain(x, t, cap)
 
-    def ours(side: int):
-        cond = model.prepare([cap], side, side, timesteps=t)  # once a picture, not once a step
-        return lambda x: model(x, cond=cond, step=0)
+    def run_ours(x: torch.Tensor) -> torch.Tensor:
+        return prepared(model, cap, t, x.shape[-1])(x)
+
+    pixels = torch.randn(1, 3, side, side, device=device)
+    call = prepared(model, cap, t, side) if ours else run_plain
+    return pixel_case(
+        model,
+        scale,
+        device,
+        run=lambda: step(call(pixels), pixels),
+        call=run_ours if ours else run_plain,
+        run_plain=run_plain,
+    )
+
+
+@torch.no_grad()
+def build_lowbit(variant: str, patch: int, scale: Scale, device: str) -> Case:
+    """Ours with the 8-bit weights that ``variant`` ends in."""
+    name = variant.split()[-1]
+    check_lowbit(name, device)
+    side, cap, t = scale.grid * patch, text_features(scale, device), torch.full((1,), 1 - SIGMA, device=device)
+
+    def make() -> L2PTransformer2DModel:
+        torch.manual_seed(0)
+        return pixel_model(scale, patch, device)
 
     def check() -> float:
+        """Against a second model with the same weights, made only now: what was computed before would have left its
+        memory with the process."""
         small = torch.randn(1, 3, checked, checked, device=device)
-        result = (ours(checked) if variant == "ours" else run_plain)(small)
-        return judge(result, run_plain(small), lambda plain: run_plain(small, plain))
+        return error(*(prepared(each, cap, t, checked)(small) for each in (model, make())))
 
-    checked, judge = check_side(side, device), Judge(model, device)
-    call = ours(side) if variant == "ours" else run_plain
+    model, checked = make(), check_side(side, device)
+    for block in (*model.modulated_blocks, *model.context_refiner):
+        lowbit.quantize_block(block, name)
+    pixels = torch.randn(1, 3, side, side, device=device)
+    call = prepared(model, cap, t, side)
     return Case(
-        run=lambda: step(call, pixels),
+        run=lambda: step(call(pixels), pixels),
         work=body_work(scale, patch, side),
         check=check,
-        tolerance=judge.tolerance,
-        against=f"{judge.against}, at {checked} px",
-        facts=facts | {"head_width": scale.head_width, "tokens": scale.grid**2},
+        tolerance=LOWBIT_TOLERANCE,
+        against=f"ours in {scale.dtype}, at {checked} px",
+        facts=model_facts(scale, scale.grid**2) | {"head_width": scale.head_width},
     )
 
 
@@ -93,3 +124,8 @@ def test_step(row, scale, patch, variant):
     if patch not in scale.patches:
         pytest.skip(f"not part of scale {scale.name}")
     row(build, "step", NAMES[patch], scale.grid * patch, variant, patch=patch)
+
+
+@pytest.mark.parametrize("name", lowbit.DTYPES)
+def test_step_lowbit(row, scale, name, patch=64):
+    row(build_lowbit, "step", NAMES[patch], scale.grid * patch, f"ours {name}", patch=patch)

@@ -6,6 +6,8 @@ Latent: Z-Image on latents of the same picture size, trained the same way. ``pyt
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,11 @@ from .baselines import (
     body_work,
     check_side,
     freeze,
+    latent_call,
     latent_model,
     latent_work,
     pixel_model,
+    text_features,
 )
 from .conftest import CLOCK
 from .measure import Case, Scale, error
@@ -34,19 +38,16 @@ ADAMW_BYTES = 14  # bf16 weight, gradient and two states read, all but the gradi
 
 def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     side, sigma = scale.grid * patch, 0.5
-    cap = torch.randn(scale.text_tokens, scale.cap_dim, device=device, dtype=scale.torch_dtype)
+    cap = text_features(scale, device)
     t = torch.full((1,), 1 - sigma, device=device)
     latent = variant == "latent"
     edge = side // VAE_FACTOR
     shape = (1, LATENT_CHANNELS, edge, edge) if latent else (1, 3, side, side)
 
-    def call_latent(x: torch.Tensor) -> torch.Tensor:
-        return trained([x[0, :, None].to(scale.torch_dtype)], t, [cap]).sample[0][None, :, 0]
-
     if latent:
         trained = latent_model(scale, device)
         trained.enable_gradient_checkpointing()
-        call, work = call_latent, latent_work(scale, side)
+        call, work = functools.partial(latent_call(trained, cap), t=t), latent_work(scale, side)
     else:
         model = pixel_model(scale, patch, device)
         model.enable_gradient_checkpointing()

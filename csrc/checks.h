@@ -33,10 +33,14 @@ inline Element element_of(ScalarType type, const char* what) {
 
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-inline void check_like(const Tensor& x, const Tensor& other, const char* what) {
-  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), what, " must have the dtype of x");
+inline void check_device(const Tensor& x, const Tensor& other, const char* what) {
   STD_TORCH_CHECK(other.is_cpu() == x.is_cpu() && other.get_device_index() == x.get_device_index(), what,
                   " must be on the device of x");
+}
+
+inline void check_like(const Tensor& x, const Tensor& other, const char* what) {
+  STD_TORCH_CHECK(other.scalar_type() == x.scalar_type(), what, " must have the dtype of x");
+  check_device(x, other, what);
 }
 
 inline void check_shape(const Tensor& x, const Tensor& other, const char* what) {

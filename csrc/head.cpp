@@ -25,8 +25,9 @@ void check_rows(const Tensor& x, int64_t x_start, int64_t start, int64_t stop, i
                   what, " lacks rows that the level reads");
 }
 
-void check_weight(const Tensor& weight, std::initializer_list<int64_t> leading, int64_t blocks, int64_t columns,
-                  int64_t channels, const char* what) {
+void check_weight(const Tensor& x, const Tensor& weight, std::initializer_list<int64_t> leading, int64_t blocks,
+                  int64_t columns, int64_t channels, const char* what) {
+  check_device(x, weight, what);
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16 && weight.is_contiguous(), what,
                   " must be dense bfloat16");
   std::array<int64_t, 8> shape{};
@@ -39,7 +40,8 @@ void check_weight(const Tensor& weight, std::initializer_list<int64_t> leading, 
   }
 }
 
-void check_floats(const Tensor& values, int64_t count, const char* what) {
+void check_floats(const Tensor& x, const Tensor& values, int64_t count, const char* what) {
+  check_device(x, values, what);
   STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous() && values.numel() == count, what,
                   " must be dense float32 of as many values as the packed weights have outputs");
 }
@@ -66,8 +68,8 @@ std::tuple<Tensor, Tensor> encode(const Tensor& x, const Tensor& weight, const T
   STD_TORCH_CHECK(!pool || (start % 2 == 0 && stop % 2 == 0), "pooled rows come in twos");
   STD_TORCH_CHECK(level.fine.type == Element::bf16 || level.fine.type == Element::f32, "x must be float32 or bfloat16");
   check_rows(x, x_start, start - 1, stop + 1, height, "x");
-  check_weight(weight, {}, blocks(level), 3, level.fine.channels, "weight");
-  check_floats(bias, blocks(level) * kBlock, "bias");
+  check_weight(x, weight, {}, blocks(level), 3, level.fine.channels, "weight");
+  check_floats(x, bias, blocks(level) * kBlock, "bias");
   level.fine_weight = words(weight);
   level.bias = floats(bias);
   const int64_t rows = stop - start, kept = keep ? rows : 0, halves = pool ? rows / 2 : 0;
@@ -98,13 +100,14 @@ Tensor decode(const Tensor& x, const Tensor& skip, const Tensor& weight, const T
     STD_TORCH_CHECK(map.scalar_type() == ScalarType::BFloat16 && map.size(3) % 2 == 0 && dense,
                     "x and skip must be bfloat16, each row dense, of an even number of channels");
   }
+  check_device(x, skip, "skip");
   check_rows(skip, skip_start, start - 1, stop + 1, height, "skip");
   check_rows(x, x_start, start / 2 - 1, (stop + 1) / 2 + 1, height / 2, "x");
-  check_weight(weight, {4, 2}, blocks(level), 3, level.coarse.channels, "weight");
-  check_weight(edge_weight, {4, 2}, blocks(level), 1, level.coarse.channels, "edge_weight");
-  check_weight(skip_weight, {}, blocks(level), 3, level.fine.channels, "skip_weight");
-  check_floats(bias, 4 * blocks(level) * kBlock, "bias");
-  check_floats(edge_bias, 8 * blocks(level) * kBlock, "edge_bias");
+  check_weight(x, weight, {4, 2}, blocks(level), 3, level.coarse.channels, "weight");
+  check_weight(x, edge_weight, {4, 2}, blocks(level), 1, level.coarse.channels, "edge_weight");
+  check_weight(x, skip_weight, {}, blocks(level), 3, level.fine.channels, "skip_weight");
+  check_floats(x, bias, 4 * blocks(level) * kBlock, "bias");
+  check_floats(x, edge_bias, 8 * blocks(level) * kBlock, "edge_bias");
   level.coarse_weight = words(weight);
   level.edge_weight = words(edge_weight);
   level.fine_weight = words(skip_weight);
@@ -116,10 +119,11 @@ Tensor decode(const Tensor& x, const Tensor& skip, const Tensor& weight, const T
   Tensor out = torch::stable::new_empty(skip, shape, ScalarType::BFloat16);
   if (last) {
     STD_TORCH_CHECK(out_bias.has_value(), "out_weight comes with out_bias");
+    check_device(x, *out_weight, "out_weight");
     STD_TORCH_CHECK(out_weight->scalar_type() == ScalarType::BFloat16 && out_weight->is_contiguous() &&
                         out_weight->numel() == 3 * blocks(level) * kBlock,
                     "out_weight must be dense bfloat16 (3, outputs of the packed weights)");
-    check_floats(*out_bias, 3, "out_bias");
+    check_floats(x, *out_bias, 3, "out_bias");
     level.out_weight = static_cast<const uint16_t*>(out_weight->data_ptr());
     level.out_bias = floats(*out_bias);
   }

@@ -55,7 +55,8 @@ const char* head_level_cuda(const HeadLevel& level, void* stream) {
   if (rows == 0) return "the level has more channels than shared memory holds";
   const TileLayout layout = tile_layout(level, rows);
   const int bytes = layout.words * 4;
-  cudaError_t error = cudaFuncSetAttribute(head_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // The most that any level takes, so that threads with different levels can't lower each other's limit.
+  cudaError_t error = cudaFuncSetAttribute(head_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const auto tiles = static_cast<unsigned>(tile_count(level, rows));
   head_kernel<<<tiles, rows * 32, bytes, static_cast<cudaStream_t>(stream)>>>(level, layout);

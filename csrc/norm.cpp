@@ -51,8 +51,7 @@ Tensor add_modulation(NormShape& s, const Tensor& x, const Tensor& given, Modula
 
 void check_angles(const NormShape& s, const Tensor& x, const Tensor& angles, const char* what) {
   STD_TORCH_CHECK(angles.scalar_type() == ScalarType::Float, what, " must be float32");
-  STD_TORCH_CHECK(angles.is_cpu() == x.is_cpu() && angles.get_device_index() == x.get_device_index(), what,
-                  " must be on the device of x");
+  check_device(x, angles, what);
   STD_TORCH_CHECK(angles.dim() == 4 && (angles.size(0) == s.batch || angles.size(0) == 1) &&
                       angles.size(1) == s.tokens && angles.size(2) == 1 && angles.size(3) * 2 == s.width,
                   what, " must be (B or 1, N, 1, E / 2)");

@@ -19,8 +19,7 @@ void copy_strides(const Tensor& from, int64_t to[4]) {
 
 void check_half(const Tensor& x, const Tensor& half, const char* what) {
   check_shape(x, half, what);
-  STD_TORCH_CHECK(half.is_cpu() == x.is_cpu() && half.get_device_index() == x.get_device_index(), what,
-                  " must be on the device of x");
+  check_device(x, half, what);
 }
 
 void run(Step step, const Tensor& x, const Tensor& raw, const std::optional<Tensor>& negative, double dt,

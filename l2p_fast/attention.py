@@ -2,40 +2,106 @@
 
 On a GPU ``auto`` times those that are installed at the run's own shape, once, and takes the fastest. Backends that
 round (sage) are taken only by name. Nothing falls back silently: a backend that is named and can't run is an error.
+
+Rows of different lengths are packed one behind the other and attended in one call where the backend has a kernel for
+that (`packed_kernel`), else row by row. N tokens of a row, H heads, E head width.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    Packed = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+
+
+def pack(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The first ``lengths[i]`` tokens of each row one behind the other: (B, N, H, E) -> (sum of lengths, H, E)."""
+    import torch
+
+    return torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
+
+
+def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Attention of each row to itself, of rows that lie one behind the other: (sum of lengths, H, E) -> the same."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    rows = zip(*(x.split(list(lengths)) for x in (query, key, value)), strict=True)
+    heads_first = ((x.transpose(0, 1)[None] for x in row) for row in rows)
+    return torch.cat([scaled_dot_product_attention(*row)[0].transpose(0, 1) for row in heads_first])
+
+
+def _varlen(module: str, name: str) -> Packed:
+    """`packed_attention_reference` by a function that takes row boundaries the way FlashAttention's does."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+        import torch
+
+        function = getattr(importlib.import_module(module), name)
+        # Pinned, so that the copy doesn't make the host wait for the GPU in every block.
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=query.is_cuda)
+        ends = ends.to(query.device, non_blocking=True)
+        out = function(query, key, value, ends, ends, max(lengths), max(lengths))
+        return out[0] if isinstance(out, tuple) else out  # some versions hand out the log-sum as well
+
+    return attend
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`packed_attention_reference` by xformers."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    mask = BlockDiagonalMask.from_seqlens(list(lengths), device=query.device)
+    return memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
+
+
+class Backend(NamedTuple):
+    """What a backend's name stands for.
+
+    Attributes:
+        needs: the package that must be there, and how to get it; None: none.
+        packed: its `packed_attention_reference`, on a GPU; None: it has none.
+    """
+
+    needs: tuple[str, str] | None = None
+    packed: Packed | None = None
+
 
 _KERNELS = ("kernels", "pip install kernels")
 _FLASH = ("flash_attn", "pip install flash-attn --no-build-isolation")
 _SAGE = ("sageattention", "pip install sageattention")
-# What a backend's name needs and how to get it.
-BACKENDS: dict[str, tuple[str, str] | None] = {
-    "auto": None,
-    "native": None,
-    "_native_flash": None,
-    "_native_efficient": None,
-    "_native_math": None,
-    "_native_cudnn": None,
-    "flex": None,
-    "flash": _FLASH,
-    "flash_hub": _KERNELS,
-    "flash_4_hub": _KERNELS,
-    "_flash_3": ("flash_attn_interface", "build FlashAttention-3 from source, or take --attention _flash_3_hub"),
-    "_flash_3_hub": _KERNELS,
-    "sage": _SAGE,
-    "sage_hub": _KERNELS,
-    "xformers": ("xformers", "pip install xformers"),
+_TORCH_VARLEN = _varlen("torch.nn.attention.varlen", "varlen_attn")  # FlashAttention, as PyTorch brings it along
+BACKENDS: dict[str, Backend] = {
+    "auto": Backend(),
+    "native": Backend(packed=_TORCH_VARLEN),
+    "_native_flash": Backend(packed=_TORCH_VARLEN),
+    "_native_efficient": Backend(),
+    "_native_math": Backend(),
+    "_native_cudnn": Backend(),
+    "flex": Backend(),
+    "flash": Backend(_FLASH, _varlen("flash_attn", "flash_attn_varlen_func")),
+    "flash_hub": Backend(_KERNELS),
+    "flash_4_hub": Backend(_KERNELS),
+    "_flash_3": Backend(
+        ("flash_attn_interface", "build FlashAttention-3 from source, or take --attention _flash_3_hub"),
+        _varlen("flash_attn_interface", "flash_attn_varlen_func"),
+    ),
+    "_flash_3_hub": Backend(_KERNELS),
+    "sage": Backend(_SAGE),
+    "sage_hub": Backend(_KERNELS),
+    "xformers": Backend(("xformers", "pip install xformers"), _xformers),
 }
 CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "xformers")  # exact, nothing to download
 TEXT_TOKENS = 64  # a usual prompt's
@@ -44,8 +110,39 @@ TAKES_BIAS = ("auto", "native", "_native_efficient", "_native_math", "_native_cu
 
 def available(name: str) -> bool:
     """Whether the package that a backend needs is installed."""
-    needed = BACKENDS[name]
-    return needed is None or importlib.util.find_spec(needed[0]) is not None
+    needs = BACKENDS[name].needs
+    return needs is None or importlib.util.find_spec(needs[0]) is not None
+
+
+def packed_kernel(query: Tensor, backend: str | None = None) -> Packed | None:
+    """What attends packed rows in place of ``backend``, where it would attend ``query`` (B, N, H, E).
+
+    Args:
+        backend: a backend's name; None: the active one.
+
+    Returns:
+        None where rows are attended one by one: on a CPU, in fp32, or by a backend without a packed form.
+    """
+    import torch
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8:
+        return None
+    if backend is None:
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    if backend == "native":  # chooses between kernels itself, and only one of them has a packed form
+        rows = query.transpose(1, 2)
+        if torch._fused_sdp_choice(rows, rows, rows) != torch.nn.attention.SDPBackend.FLASH_ATTENTION.value:
+            return None
+    return BACKENDS.get(backend, Backend()).packed
+
+
+def ragged(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, biased: bool) -> str:
+    """How rows of different lengths are attended at ``shape`` (B, N, H, E), in words."""
+    import torch
+
+    packed = not biased and packed_kernel(torch.empty(shape, dtype=dtype, device=device), name) is not None
+    return "ragged batches packed" if packed else "ragged batches row by row"
 
 
 def measure(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> float:
@@ -99,7 +196,7 @@ def check(name: str, biased: bool) -> None:
         UserError: it can't; the message has the install line or names that do.
     """
     if not available(name):
-        package, remedy = BACKENDS[name]
+        package, remedy = BACKENDS[name].needs
         raise UserError(f"--attention {name} needs the package {package}: {remedy}")
     if biased and name not in TAKES_BIAS:
         raise UserError(
@@ -122,5 +219,6 @@ def use(name: str) -> Iterator[None]:
 
 def lines() -> Iterable[str]:
     """What is there and what to install for more, a line for each backend."""
-    for name, needed in BACKENDS.items():
-        yield f"{name}: available" if available(name) else f"{name}: missing; {needed[1]}"
+    for name, (needs, packed) in BACKENDS.items():
+        packs = "" if packed is None else "; packs ragged batches on a GPU"
+        yield f"{name}: available{packs}" if available(name) else f"{name}: missing; {needs[1]}"

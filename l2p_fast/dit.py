@@ -17,6 +17,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from .attention import pack, packed_kernel
 from .ops import Rope, apply_rope, gate_norm_residual, norm_modulate, qk_norm_rope, rms_norm, silu_mul
 
 ADALN_DIM = 256  # the timestep embedding is never wider than this
@@ -90,8 +91,9 @@ ALL_KEYS = Keys()
 class AttnProcessor:
     """Self-attention over (B, N, D) through diffusers' attention dispatcher.
 
-    Rows of different lengths are attended one by one, each over its own tokens: nothing is computed for padding, the
-    result does not depend on the neighbours, and no backend needs a mask (the fastest ones take none).
+    Rows of different lengths are attended each over its own tokens: nothing is computed for padding, the result does
+    not depend on the neighbours, and no backend needs a mask (the fastest ones take none). Without a bias they are
+    packed into one call where the backend has a kernel for that, else attended one by one.
     """
 
     _attention_backend = None
@@ -116,7 +118,13 @@ class AttnProcessor:
         if keys.lengths is None:
             out = attend(slice(None), x.shape[1])
         else:
-            rows = [attend(slice(i, i + 1), length)[0] for i, length in enumerate(keys.lengths)]
+            plain = keys.bias is None and self._parallel_config is None
+            packed = packed_kernel(query, self._attention_backend) if plain else None
+            if packed is None:
+                rows = [attend(slice(i, i + 1), length)[0] for i, length in enumerate(keys.lengths)]
+            else:
+                parts = (pack(part, keys.lengths) for part in (query, key, value))
+                rows = packed(*parts, keys.lengths).split(keys.lengths)
             out = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return attn.to_out[0](out.flatten(2, 3).to(value.dtype))
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dit import TransformerBlock
 from .errors import UserError
 from .model import L2PTransformer2DModel
 
@@ -71,6 +72,27 @@ def _probe(model: L2PTransformer2DModel) -> Tensor:
     return model(pixels, torch.tensor([0.5], device=model.device), [text]).float()
 
 
+def check(name: str, device: torch.device) -> None:
+    """That the 8 bits called ``name`` exist and ``device`` has them.
+
+    Raises:
+        UserError: an unknown name, or a GPU without fp8.
+    """
+    if name not in DTYPES:
+        raise UserError(f"quantize: unknown {name!r}; choose from {', '.join(DTYPES)}")
+    if device.type == "cuda" and name == "fp8" and torch.cuda.get_device_capability(device) < (9, 0):
+        card = torch.cuda.get_device_name(device)
+        raise UserError(f"fp8 needs a Hopper GPU or newer, and this is a {card}; try int8")
+
+
+def quantize_block(block: TransformerBlock, name: str) -> None:
+    """Put a block's linear layers into 8 bits, in place; those for the timestep stay."""
+    for part in (block.attention, block.feed_forward):
+        for path, layer in list(part.named_modules()):
+            if isinstance(layer, nn.Linear) and not any(size % MULTIPLE for size in layer.weight.shape):
+                part.set_submodule(path, LowBitLinear(layer, DTYPES[name]))
+
+
 def quantize(model: L2PTransformer2DModel, name: str) -> float:
     """Put the linear layers of all blocks of ``model`` into 8 bits, in place, where the model is now.
 
@@ -81,18 +103,10 @@ def quantize(model: L2PTransformer2DModel, name: str) -> float:
         The relative error of the prediction on a fixed input, against the model as it was.
 
     Raises:
-        UserError: an unknown name, or a GPU without fp8.
+        UserError: as `check`.
     """
-    if name not in DTYPES:
-        raise UserError(f"quantize: unknown {name!r}; choose from {', '.join(DTYPES)}")
-    if model.device.type == "cuda" and name == "fp8" and torch.cuda.get_device_capability(model.device) < (9, 0):
-        card = torch.cuda.get_device_name(model.device)
-        raise UserError(f"fp8 needs a Hopper GPU or newer, and this is a {card}; try int8")
+    check(name, model.device)
     before = _probe(model)
-    for stack in (model.noise_refiner, model.context_refiner, model.layers):
-        for block in stack:
-            for part in (block.attention, block.feed_forward):
-                for path, layer in list(part.named_modules()):
-                    if isinstance(layer, nn.Linear) and not any(size % MULTIPLE for size in layer.weight.shape):
-                        part.set_submodule(path, LowBitLinear(layer, DTYPES[name]))
+    for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+        quantize_block(block, name)
     return float((_probe(model) - before).norm() / before.norm())

@@ -478,13 +478,16 @@ def pick_attention(args: argparse.Namespace, pipe: L2PPipeline) -> str:
 
     config, patch = pipe.transformer.config, pipe.patch_size
     biased = config.rope_grid is not None
-    if args.attention != "auto":
-        attention.check(args.attention, biased)
-        return args.attention
     tokens = (args.height // patch) * (args.width // patch) + attention.TEXT_TOKENS
     shape = 1, tokens, config.n_heads, config.dim // config.n_heads
-    args.attention, why = attention.fastest(shape, pipe.transformer.dtype, torch.device(args.device), biased)
-    return f"{args.attention} ({why})"
+    given = shape, pipe.transformer.dtype, torch.device(args.device), biased
+    why = ""
+    if args.attention == "auto":
+        args.attention, words = attention.fastest(*given)
+        why = f" ({words})"
+    else:
+        attention.check(args.attention, biased)
+    return f"{args.attention}{why}; {attention.ragged(args.attention, *given)}"
 
 
 def load(args: argparse.Namespace, model: ModelFacts) -> L2PPipeline:

@@ -10,9 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines, counts, measure, report
+from benchmarks import test_attention as attention_rows
+from benchmarks import test_block as block_rows
+from benchmarks import test_step as step_rows
 from benchmarks.conftest import add_ratios
 from benchmarks.counts import Work
-from benchmarks.measure import SCALES, Case, Limits, error, finite
+from benchmarks.measure import SCALES, Case, Limits, NotHere, error, finite
 from l2p_fast.detailer import DetailerHead
 from l2p_fast.errors import UserError
 
@@ -94,6 +97,8 @@ def build(kind: str, device: str) -> Case:
         "dead": lambda: os._exit(3),
         "broken": lambda: torch.ones(2) @ torch.ones(3),
     }
+    if kind == "absent":
+        raise NotHere("needs another card")
     check = (lambda: 0.5) if kind == "wrong" else None
     return Case(runs[kind], Work(1000, 2**23), check, tolerance=0.1, against="nothing", facts={"width": 7})
 
@@ -120,6 +125,7 @@ def test_rows_apart():
     free = Limits(60, rounds_seconds=0, rounds=1)
     assert apart("dead", 60, free) == {"status": "failed", "reason": "the process ended with code 3"}
     assert apart("slow", 1, free) == {"status": "over budget", "reason": "not done within 1 s"}
+    assert apart("absent", 60, free) == {"status": "not run", "reason": "needs another card"}
     row = apart("broken", 60, free)
     assert row["status"] == "failed" and "size" in row["reason"]
     if sys.platform == "linux":
@@ -134,6 +140,27 @@ def test_memory_limit():
         torch.ones(2**31)
     assert measure._is_out_of_memory(problem.value)
     torch.ones(2**27)  # the limit is gone
+
+
+@pytest.mark.parametrize(
+    "builder,arguments",
+    [
+        (attention_rows.build, {"variant": "ours"}),
+        (attention_rows.build, {"variant": "_native_math", "ragged": True}),
+        (block_rows.build, {"variant": "ours"}),
+        (block_rows.build, {"variant": "ours int8"}),
+        (step_rows.build, {"variant": "ours", "patch": 64}),
+        (step_rows.build_lowbit, {"variant": "ours fp8", "patch": 64}),
+    ],
+    ids=str,
+)
+def test_rows_hold_what_they_say(builder, arguments):
+    torch.manual_seed(0)
+    case = builder(scale=QUICK, device="cpu", **arguments)
+    with torch.no_grad():
+        case.run()
+        assert case.check() <= case.tolerance
+    assert case.work.flops and case.against
 
 
 def test_ratios():

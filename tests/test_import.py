@@ -18,7 +18,7 @@ PACKAGE = Path(l2p_fast.__file__).parent
 LAYERS = (
     ("errors",),
     ("files",),
-    ("ops", "flow"),
+    ("ops", "flow", "attention"),
     ("text", "dit", "detailer"),
     ("model",),
     ("checkpoint", "parallel"),

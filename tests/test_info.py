@@ -30,6 +30,7 @@ def test_names_versions_extension_and_backends():
         assert architecture in text
     for name in BACKENDS:
         assert f"  {name}: " in text
+    assert "_native_flash: available; packs ragged batches on a GPU" in text
 
 
 def test_without_the_extension():

@@ -168,7 +168,7 @@ def test_options_reach_the_model(run, capsys):
     settings = json.loads(Image.open("a.png").info["l2p_fast"])
     wanted = {"head_memory_mb": 8.0, "cfg_batch": "off", "dtype": "float32", "attention": "_native_math"}
     assert settings.items() >= wanted.items()
-    assert "attention  _native_math" in capsys.readouterr().out
+    assert "attention  _native_math; ragged batches row by row" in capsys.readouterr().out
     run("a", "--res", 32, "--out", "b.png")
     assert "attention  native" in capsys.readouterr().out  # the choice did not outlive its run
 
