@@ -1,7 +1,8 @@
 """One training step, batch 1: forward, backward, AdamW; every block recomputed in the backward pass.
 
 The blocks between the first and the last few are frozen, as published. Plain: the pixel model as its authors write it.
-Latent: Z-Image on latents of the same picture size, trained the same way. ``pytest benchmarks/test_train.py``.
+Latent: Z-Image on latents of the same picture size, trained the same way. Ours in 8 bits: as configs/24gb.yaml, frozen
+blocks and optimizer states in 8 bits, updates inside the backward pass. ``pytest benchmarks/test_train.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from l2p_fast import flow
+from l2p_fast.model import L2PTransformer2DModel
+from l2p_fast.training import optim
+from l2p_fast.training.build import BLOCKS
+from l2p_fast.training.config import OptimConfig
+from l2p_fast.training.quantize import quantize_frozen
 
 from . import counts
 from .baselines import (
@@ -34,6 +40,8 @@ from .test_head import NAMES
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 ADAMW_BYTES = 14  # bf16 weight, gradient and two states read, all but the gradient written
+FEW_BITS = "ours in 8 bits"
+RATE = 0.0  # the work of an update without its effect: the gradient can be checked after any number of steps
 
 
 def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
@@ -44,20 +52,37 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     edge = side // VAE_FACTOR
     shape = (1, LATENT_CHANNELS, edge, edge) if latent else (1, 3, side, side)
 
+    def make() -> L2PTransformer2DModel:
+        torch.manual_seed(0)
+        return pixel_model(scale, patch, device)
+
     if latent:
         trained = latent_model(scale, device)
         trained.enable_gradient_checkpointing()
         call, work = functools.partial(latent_call(trained, cap), t=t), latent_work(scale, side)
     else:
-        model = pixel_model(scale, patch, device)
+        model = make()
         model.enable_gradient_checkpointing()
         plain = PlainL2P(model)
         plain.checkpointing = True
-        trained = model if variant == "ours" else plain
-        call = (lambda x: model(x, t, [cap])) if variant == "ours" else (lambda x: plain(x, t, cap))
+        trained = plain if variant == "plain" else model
+        call = (lambda x: plain(x, t, cap)) if variant == "plain" else (lambda x: model(x, t, [cap]))
         work = body_work(scale, patch, side)
     parameters = freeze(trained, scale)
-    optimizer = torch.optim.AdamW(parameters, lr=5e-5, fused=True)
+    if variant == FEW_BITS:
+        for name in BLOCKS:
+            quantize_frozen(getattr(model, name), 8, lambda _, parameter: parameter, f"{name}.")
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = optim.AdamW(named, OptimConfig(kind="adamw8bit", lr=RATE, fused=True))
+        optimizer.fuse()
+        update = optimizer.finish
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+
+        def update() -> None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
     x0, noise = torch.rand(shape, device=device) * 2 - 1, torch.randn(shape, device=device)
 
     def loss(call, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -67,22 +92,24 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     def run() -> torch.Tensor:
         value = loss(call, x0, noise)
         value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
         return value.detach()
 
     def check() -> float:
         """The gradient of the input embedding, which the whole model lies behind."""
         if latent:
             return 0.0 if run().isfinite() else float("inf")
-        freeze(plain, scale)
-        gradients = []
+        reference = plain if variant != FEW_BITS else PlainL2P(make())  # its weights are as they were
+        reference.checkpointing = True
+        freeze(reference, scale)
+        gradients: list[torch.Tensor] = []
         small = [torch.rand(1, 3, checked, checked, device=device) for _ in range(2)]
         name = f"all_x_embedder.{patch}-1.weight"
-        for owner, forward in ((trained, call), (plain, lambda x: plain(x, t, cap))):
-            owner.zero_grad(set_to_none=True)
+        for owner, forward in ((trained, call), (reference, lambda x: reference(x, t, cap))):
+            weight = getattr(owner, "body", owner).get_parameter(name)
+            handle = weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
             loss(forward, *small).backward()
-            gradients.append((owner.body if owner is plain else owner).get_parameter(name).grad)
+            handle.remove()
             owner.zero_grad(set_to_none=True)
         return error(*gradients)
 
@@ -102,7 +129,7 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     )
 
 
-@pytest.mark.parametrize("variant", ("ours", "plain", "latent"))
+@pytest.mark.parametrize("variant", ("ours", FEW_BITS, "plain", "latent"))
 @pytest.mark.parametrize("patch", (16, 64), ids=NAMES.get)
 def test_train(row, scale, patch, variant):
     row(build, "train", NAMES[patch], scale.grid * patch, variant, patch=patch)
