@@ -30,7 +30,7 @@ from .scorer import matches, read
 from .transfer import FREE_BLOCKS, GRID, SHIFTS, prepare, save_pipeline, settings
 from .world import Prompt, evaluation_prompts
 
-FEW = 300  # pictures where their origin is compared
+FEW, VERY_FEW = 120, 30  # pictures where their number or origin is compared
 _EVERYTHING_ELSE = ["all_x_embedder.*", "noise_refiner.*", "context_refiner.*", "t_embedder.*", "cap_embedder.*",
                     "x_pad_token", "cap_pad_token", "local_decoder.*"]  # fmt: skip
 
@@ -73,7 +73,7 @@ def plan(folder: Path, other: Path | None, n_layers: int) -> list[Run]:
         Run("trained blocks", "middle", blocks(FreezeConfig([*_EVERYTHING_ELSE, *middle]))),
         Run("trained blocks", "all", blocks(FreezeConfig("full"))),
         Run("optimizer", "8-bit", lambda config: setattr(config.optim, "kind", "adamw8bit")),
-        Run("pictures", "75", pictures(_first(corpus, 75, lists / "source-75.csv"))),
+        Run("pictures", str(VERY_FEW), pictures(_first(corpus, VERY_FEW, lists / f"source-{VERY_FEW}.csv"))),
         Run("pictures", str(FEW), pictures(_first(corpus, FEW, lists / f"source-{FEW}.csv"))),
         Run("pictures by", "the renderer", pictures(folder / "renderer" / "ablation")),
     ]
