@@ -174,6 +174,8 @@ def settings(folder: Path, patch_size: int, minutes: float) -> Config:
 def prepare(folder: Path, patch_size: int, device: torch.device) -> None:
     """What `settings` names: starting weights, and the renderer's pictures for the finer grids."""
     base, corpus = folder / f"init-{patch_size}", folder / "corpus"
+    if patch_size > min(HEAD_WIDTHS) and not (folder / "l2p-16").exists():
+        raise UserError("the patch-64 model starts from the patch-16 one; run transfer --patch-size 16 first")
     if not (corpus / "metadata.csv").exists():
         raise UserError(
             f"no pictures in {corpus}; let the source draw them first: python -m l2p_fast.tiny corpus --folder {folder}"
@@ -182,8 +184,6 @@ def prepare(folder: Path, patch_size: int, device: torch.device) -> None:
         if patch_size == min(HEAD_WIDTHS):
             source = load_source(folder, device).transformer.float()
         else:
-            if not (folder / "l2p-16").exists():
-                raise UserError("the patch-64 model starts from the patch-16 one; run transfer --patch-size 16 first")
             coarser = L2PTransformer2DModel.from_pretrained(folder / "l2p-16" / "transformer", dtype=torch.float32)
             pictures = [np.asarray(Image.open(picture.file)) for picture in list_pictures(DataConfig(str(corpus)))]
             stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device)
