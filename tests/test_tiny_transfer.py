@@ -82,6 +82,8 @@ def test_larger_patch_follows_the_smaller_one():
 def test_ablations(folder, monkeypatch, capsys):
     """Three of the runs; done ones are not run again."""
     plan, first = ablate.plan, ablate._first
+    monkeypatch.setattr(ablate, "UNSEEN", 2)
+    monkeypatch.setattr(ablate, "UNSEEN_BATCH", 2)
     chosen = ("shallow", "8-bit", "3", "the renderer")
     monkeypatch.setattr(ablate, "FEW", 3)
     monkeypatch.setattr(ablate, "plan", lambda *args: [run for run in plan(*args) if run.choice in chosen])

@@ -1,7 +1,8 @@
 """The paper's ablations in small: short transfers that differ in one setting, scored on the fixed prompts.
 
 Each run is `transfer.settings` with something replaced, trained for the same number of steps from the same start, and
-sampled on the source's own grid. A run that is done is kept, one that was stopped goes on.
+sampled on the source's own grid. Short runs score low, so the error of the predicted picture is measured, too, on
+pictures of the renderer that no run has seen. A run that is done is kept, one that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .. import train
+from .. import flow, train
 from ..errors import UserError
 from ..files import atomic_path
 from ..pipeline import L2PPipeline
+from ..text import encode_prompts
 from ..training.config import Config, FreezeConfig
 from ..training.parallel import start
 from .corpus import draw_corpus, write_table
+from .ldm import random_pictures
 from .score import BATCH, from_pipeline, measure
 from .scorer import matches, read
 from .transfer import FREE_BLOCKS, GRID, SHIFTS, prepare, save_pipeline, settings
-from .world import Prompt, evaluation_prompts
+from .world import Prompt, draw, evaluation_prompts
 
 FEW, VERY_FEW = 120, 30  # pictures where their number or origin is compared
+UNSEEN, UNSEEN_BATCH, UNSEEN_LEVELS = 48, 8, (0.25, 0.5, 0.75)  # pictures, and noise levels before the shift
 _EVERYTHING_ELSE = ["all_x_embedder.*", "noise_refiner.*", "context_refiner.*", "t_embedder.*", "cap_embedder.*",
                     "x_pad_token", "cap_pad_token", "local_decoder.*"]  # fmt: skip
 
@@ -136,16 +140,40 @@ def run(folder: Path, device: torch.device, steps: int, per_task: int, other: Pa
             finally:
                 workers.close()
             save_pipeline(folder, config, pipeline)
-        draw = from_pipeline(
-            L2PPipeline.from_pretrained(pipeline, dtype=torch.bfloat16).to(device), GRID * one.patch_size
-        )
-        scores, _ = measure(one.name, prompts, draw, BATCH if one.patch_size == 16 else 2)
+        model = L2PPipeline.from_pretrained(pipeline, dtype=torch.bfloat16).to(device)
+        sample = from_pipeline(model, GRID * one.patch_size)
+        scores, _ = measure(one.name, prompts, sample, BATCH if one.patch_size == 16 else 2)
+        error, deviation = picture_error(model, one.patch_size)
         row = {"run": one.name, "question": one.question, "choice": one.choice, **setting, **scores}
+        row |= {"picture_error": error, "picture_error_se": deviation}
         table = [*(old for old in table if old["run"] != one.name), row]
         print(one.name, scores, flush=True)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(table, indent=1) + "\n")
     report(table, folder)
+
+
+@torch.no_grad()
+def picture_error(pipeline: L2PPipeline, patch_size: int) -> tuple[float, float]:
+    """Mean squared error of x0 as predicted from noisy unseen pictures of the renderer, and its standard error.
+
+    The noise levels are those of `UNSEEN_LEVELS` under the shift of the patch size: the same for all of its runs.
+    """
+    side, rng, drawn = GRID * patch_size, torch.Generator().manual_seed(0), random_pictures(5)
+    shift, errors = SHIFTS[patch_size], []
+    for _ in range(0, UNSEEN, UNSEEN_BATCH):
+        made = [next(drawn) for _ in range(UNSEEN_BATCH)]
+        x0 = torch.stack([torch.from_numpy(draw(scene, side, side)) for _, scene, _ in made]).to(pipeline.device)
+        texts = encode_prompts(pipeline.text_encoder, pipeline.tokenizer, [prompt.text for prompt, *_ in made])
+        noise = torch.randn(x0.shape, generator=rng).to(x0.device)
+        found = []
+        for level in UNSEEN_LEVELS:
+            sigma = torch.full((UNSEEN_BATCH,), shift * level / (1 + (shift - 1) * level), device=x0.device)
+            raw = pipeline.transformer(flow.add_noise(x0, noise, sigma), 1 - sigma, texts).float()
+            found.append(((raw - flow.target(x0, noise)) * sigma[0]).square().mean(dim=(1, 2, 3)))
+        errors.append(torch.stack(found).mean(dim=0))
+    each = torch.cat(errors)
+    return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
 
 
 def report(table: list[dict], folder: Path) -> None:
@@ -161,18 +189,25 @@ def report(table: list[dict], folder: Path) -> None:
     for question, choice in as_base.items():
         panels[question].append((choice, base))
     panels["pictures by"].insert(0, ("the source", few))
-    figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
-    lines = ["| question | choice | score | standard error |", "|---|---|---|---|"]
-    for axis, (question, rows) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-        values = [row["overall"] for _, row in rows]
-        errors = [math.sqrt(v * (1 - v) / row["prompts"]) for v, (_, row) in zip(values, rows, strict=True)]
-        axis.bar([choice for choice, _ in rows], values, yerr=errors, capsize=3)
-        axis.set_title(question, fontsize=10)
-        axis.tick_params(axis="x", rotation=20)
-        lines += [
-            f"| {question} | {choice} | {value:.3f} | {error:.3f} |"
-            for (choice, _), value, error in zip(rows, values, errors, strict=True)
+    figure = Figure(figsize=(3 * len(panels), 5.5), layout="constrained")
+    above, below = figure.subplots(2, len(panels), sharey="row")
+    lines = ["| question | choice | score | error of the picture |", "|---|---|---|---|"]
+    for (question, rows), *axes in zip(panels.items(), above, below, strict=True):
+        choices = [choice for choice, _ in rows]
+        scores = [
+            (row["overall"], math.sqrt(row["overall"] * (1 - row["overall"]) / row["prompts"])) for _, row in rows
         ]
+        errors = [(row["picture_error"], row["picture_error_se"]) for _, row in rows]
+        for axis, values in zip(axes, (scores, errors), strict=True):
+            axis.bar(choices, [value for value, _ in values], yerr=[error for _, error in values], capsize=3)
+            axis.tick_params(axis="x", rotation=20, labelsize=8)
+        axes[0].set_title(question, fontsize=10)
+        lines += [
+            f"| {question} | {choice} | {score[0]:.3f} ± {score[1]:.3f} | {error[0]:.4f} ± {error[1]:.4f} |"
+            for choice, score, error in zip(choices, scores, errors, strict=True)
+        ]
+    above[0].set_ylabel("score")
+    below[0].set_ylabel("error of the picture")
     with atomic_path(folder / "ablations.png") as temporary:
         figure.savefig(temporary, dpi=100)
     with atomic_path(folder / "ablations.md") as temporary:
