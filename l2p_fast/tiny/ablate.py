@@ -34,6 +34,7 @@ from .transfer import FREE_BLOCKS, GRID, SHIFTS, prepare, save_pipeline, setting
 from .world import Prompt, draw, evaluation_prompts
 
 FEW, VERY_FEW = 120, 30  # pictures where their number or origin is compared
+LARGEST_BATCH = 16
 UNSEEN, UNSEEN_BATCH, UNSEEN_LEVELS = 48, 8, (0.25, 0.5, 0.75)  # pictures, and noise levels before the shift
 _EVERYTHING_ELSE = ["all_x_embedder.*", "noise_refiner.*", "context_refiner.*", "t_embedder.*", "cap_embedder.*",
                     "x_pad_token", "cap_pad_token", "local_decoder.*"]  # fmt: skip
@@ -110,8 +111,9 @@ def configure(folder: Path, run: Run, steps: int, device: torch.device) -> Confi
     """The configuration of a run: the transfer's, on the source's own grid alone."""
     config = settings(folder, run.patch_size, 0.0)
     config.run, config.steps, config.device = str(folder / "ablations" / run.name), steps, str(device)
-    config.data.grids = [replace(config.data.grids[0], share=1.0)]
-    config.save_every, config.keep, config.ema.decay = 100, 1, 0.99
+    known = config.data.grids[0]
+    config.data.grids = [replace(known, share=1.0, batch=min(known.batch, LARGEST_BATCH))]
+    config.save_every, config.keep, config.ema.decay, config.optim.warmup = 100, 1, 0.99, steps // 5
     run.change(config)
     return config
 
