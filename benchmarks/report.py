@@ -14,6 +14,8 @@ from pathlib import Path
 from l2p_fast.errors import UserError, run_cli
 from l2p_fast.files import atomic_path
 
+from .measure import NOT_RUN
+
 OUT = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NEEDED = {"level", "name", "resolution", "variant", "status", "reason"}
@@ -189,14 +191,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"can't read {args.readme}: {error.strerror}") from error
         put_between(readme, "", str(args.readme))  # complain before anything is written
 
-    def sections(folder: Path) -> str:
-        """The table of every file; links to plots as seen from ``folder``."""
+    def sections(folder: Path, whole: bool = True) -> str:
+        """The table of every file; links to plots as seen from ``folder``. Not ``whole``: without rows not run."""
         parts = []
         for path, machine, rows in read_all:
             plotted = path.stem in plots
             link = os.path.relpath(args.out / f"{path.stem}.png", folder)
             picture = f"\n![Time and memory against resolution]({link})\n" if plotted else ""
-            parts.append(f"### {path.stem}\n\n{table(machine, rows)}{picture}")
+            kept = [row for row in rows if whole or row["status"] != NOT_RUN]
+            rest = os.path.relpath(args.out / "table.md", folder)
+            left = f"\n{len(rows) - len(kept)} rows were not run; they stand in [{rest}]({rest}).\n"
+            parts.append(f"### {path.stem}\n\n{table(machine, kept)}{left if len(kept) < len(rows) else ''}{picture}")
         return "\n".join(parts)
 
     plots = {path.stem for path, _, rows in read_all if plot(rows, args.out / f"{path.stem}.png")}
@@ -205,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{args.out / 'table.md'}: {sum(len(rows) for _, _, rows in read_all)} rows, {len(plots)} plots")
     if readme is not None:
         with atomic_path(args.readme) as temporary:
-            temporary.write_text(put_between(readme, sections(args.readme.parent), str(args.readme)))
+            temporary.write_text(put_between(readme, sections(args.readme.parent, whole=False), str(args.readme)))
         print(f"{args.readme}: table replaced")
     return 0
 
