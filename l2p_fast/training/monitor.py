@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Monitor:
     """Use as a context around the loop. Lines of steps after ``done``, from a run that was killed, are dropped.
 
     Raises:
-        UserError: W&B was asked for and is not installed.
+        UserError: W&B was asked for, and is not installed or can't be reached.
     """
 
     def __init__(self, folder: Path, config: Config, done: int, workers: Workers):
@@ -67,7 +68,16 @@ class Monitor:
                 import wandb
             except ImportError as error:
                 raise UserError("log.board=wandb needs wandb: pip install wandb, or log.board=tensorboard") from error
-            self.board = wandb.init(dir=folder, project="l2p_fast", name=folder.name, config=as_dict(config))
+            identity = folder / "wandb-id.txt"  # a resumed run goes on in the same curves
+            if not identity.exists():
+                identity.write_text(secrets.token_hex(8))
+            try:
+                self.board = wandb.init(
+                    dir=folder, project="l2p_fast", name=folder.name, id=identity.read_text(), resume="allow",
+                    config=as_dict(config),
+                )  # fmt: skip
+            except wandb.Error as error:
+                raise UserError(f"W&B: {error} Or set WANDB_MODE=offline, or log.board=tensorboard") from error
         self.bar = tqdm(total=config.steps, initial=done, unit="step", disable=not sys.stderr.isatty())
 
     def __enter__(self) -> Monitor:
