@@ -166,13 +166,16 @@ def test_fused_updates_are_the_same_and_leave_no_gradients(bitsandbytes, kind):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), fused.parameters(), strict=True))
 
 
-def test_fused_leaves_alone_what_is_not_finite():
-    named = {"a": nn.Parameter(torch.ones(4)), "b": nn.Parameter(torch.ones(4))}
+def test_fused_leaves_alone_what_is_not_finite_and_the_rest_of_the_step():
+    named = {name: nn.Parameter(torch.ones(4)) for name in ("a", "b", "c")}
     optimizer = AdamW(named, OptimConfig("adamw", lr=0.1))
     optimizer.fuse()
-    (named["a"].sum() + named["b"].sum() * float("inf")).backward()
-    assert optimizer.finish()[1] == 1
-    assert torch.equal(named["b"], torch.ones(4)) and not torch.equal(named["a"], torch.ones(4))
+    for name, factor in (("a", 1.0), ("b", float("inf")), ("c", 1.0)):
+        (named[name].sum() * factor).backward()
+    assert optimizer.finish()[1] == 2
+    assert [torch.equal(p, torch.ones(4)) for p in named.values()] == [False, True, True]
+    named["c"].sum().backward()
+    assert optimizer.finish()[1] == 0 and not torch.equal(named["c"], torch.ones(4))
 
 
 def test_offloaded_states_are_the_same():

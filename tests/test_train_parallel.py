@@ -78,12 +78,13 @@ def test_states_move_between_processes_bit_for_bit(tmp_path):
     assert all(len(held[name].chunks) == 2 for name in eight)  # both wrote their rows
 
 
-def test_a_process_reads_fused_quantized_bf16(tmp_path):
+@pytest.mark.parametrize(("weights", "bits"), [("bfloat16", 8), ("float32", 4)])
+def test_fused_updates_and_shared_quantized_blocks(tmp_path, weights, bits):
     needs("adamw8bit")
     config = make_world(tmp_path)
-    settings = ["model.weights=bfloat16", "model.compute=bfloat16", "optim.kind=adamw8bit", "optim.fused=true",
-                "model.frozen_bits=8", "steps=4", "log.sample_every=3", "log.prompts=[picture 1]", "log.sample_steps=1",
-                "log.height=32", "log.width=32"]  # fmt: skip
+    settings = [f"model.weights={weights}", "model.compute=bfloat16", "optim.kind=adamw8bit", "optim.fused=true",
+                f"model.frozen_bits={bits}", "steps=4", "log.sample_every=3", "log.prompts=[picture 1]",
+                "log.sample_steps=1", "log.height=32", "log.width=32"]  # fmt: skip
     main([str(config), *settings, f"run={tmp_path / 'one'}"])
     run_ranks(2, [config, *settings, f"run={tmp_path / 'two'}"], tmp_path / "log")
     close(tmp_path / "one", tmp_path / "two", 0.02)

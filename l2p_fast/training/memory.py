@@ -59,7 +59,7 @@ def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     weights = sum(
-        linear_bytes(tuple(p.shape), bits) if name in quantized else p.numel() * width // world
+        (linear_bytes(tuple(p.shape), bits) if name in quantized else p.numel() * width) // world
         for name, p in parameters.items()
     )
     largest = max(p.numel() for p in trained)

@@ -117,7 +117,8 @@ class AdamW:
     def fuse(self) -> None:
         """From now on a tensor is updated in the backward pass, when its gradient is complete.
 
-        `finish` ends a step. A gradient that isn't finite leaves its tensor (on this process: its shard) alone.
+        `finish` ends a step. From a gradient that isn't finite on, the step's tensors (on this process: its shards) are
+        left alone; those before it, nearer to the model's output, have their update.
         """
         for name, parameter in self.named.items():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._update_if_finite(name))
@@ -155,7 +156,7 @@ class AdamW:
     def _update_if_finite(self, name: str) -> None:
         gradient = local(self.named[name].grad)
         square = gradient.float().square().sum()
-        if torch.isfinite(square):
+        if not self.skipped and torch.isfinite(square):
             self.squared = self.squared + square
             self._update(name)
         else:

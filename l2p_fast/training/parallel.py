@@ -91,10 +91,7 @@ def start(config: Config) -> Workers:
 
 
 def shard(model: nn.Module, config: Config, workers: Workers) -> None:
-    """`fully_shard` every block, the head and the root; the model may be on the meta device.
-
-    Quantized frozen weights are buffers, which FSDP leaves whole on every process.
-    """
+    """`fully_shard` every block, the head and the root; the model may be on the meta device."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -1,7 +1,8 @@
 """Frozen linear weights in 8 or 4 bits, gradients flowing through them.
 
 The weight is dequantized for each product and never kept: forward and backward see the same values, activations are
-not quantized. Its error is that of bitsandbytes' blockwise formats (8 bits: dynamic exponent; 4 bits: NF4).
+not quantized. Its error is that of bitsandbytes' blockwise formats (8 bits: dynamic exponent; 4 bits: NF4). Values and
+scales are frozen parameters of bytes, so FSDP shards and gathers them as it does any other, and casts neither.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ class FrozenLinear(nn.Module):
         else:
             stored, state = functional.quantize_4bit(weight.detach(), blocksize=BLOCK[4], quant_type="nf4")
         self.bits, self.shape = bits, tuple(weight.shape)
-        self.register_buffer("stored", stored)
-        self.register_buffer("scale", state.absmax)
+        self.stored = nn.Parameter(stored.view(-1), requires_grad=False)
+        self.scale = nn.Parameter(state.absmax.view(torch.uint8), requires_grad=False)
         self.register_buffer("code", state.code)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """(out, in) in ``dtype``."""
-        functional = _bitsandbytes()
+        functional, scale = _bitsandbytes(), self.scale.view(torch.float32)
         if self.bits == 8:
-            state = functional.QuantState(self.scale, code=self.code, blocksize=BLOCK[8], dtype=dtype)
+            state = functional.QuantState(scale, code=self.code, blocksize=BLOCK[8], dtype=dtype)
             return functional.dequantize_blockwise(self.stored, state).view(self.shape)
         state = functional.QuantState(
-            self.scale, shape=torch.Size(self.shape), code=self.code, blocksize=BLOCK[4], quant_type="nf4", dtype=dtype
+            scale, shape=torch.Size(self.shape), code=self.code, blocksize=BLOCK[4], quant_type="nf4", dtype=dtype
         )
-        return functional.dequantize_4bit(self.stored, state)
+        return functional.dequantize_4bit(self.stored.view(-1, 1), state)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
