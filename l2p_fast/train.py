@@ -120,8 +120,10 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
             if done % config.save_every == 0:
                 save()
                 saved = done
-            if config.log.sample_every and done % config.log.sample_every == 0:
-                sample_sheet(model, features, config, workers, folder / "samples" / f"step-{done:08d}.png")
+            if config.log.sample_every and config.log.prompts and done % config.log.sample_every == 0:
+                sheet = folder / "samples" / f"step-{done:08d}.png"
+                sample_sheet(model, features, config, workers, sheet)
+                monitor.show(done, sheet)
         if saved != done or not checkpoints.complete(folder):
             save()
     if stop.agreed:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +129,40 @@ def test_sample_sheets_and_plots(world):
     assert Image.open(folder / "run" / "curves.png").size[0] > 400
     with pytest.raises(UserError, match="no log.jsonl"):
         plot.main([str(folder)])
+
+
+SHEETS = ("log.sample_every=2", "log.prompts=[picture 1]", "log.sample_steps=1", "log.height=32", "log.width=32")
+
+
+def test_wandb_goes_on_in_the_same_run(world, monkeypatch):
+    """Against a stand-in of the package: what it is asked for, and that its errors are one line."""
+    wandb = types.ModuleType("wandb")
+    wandb.Error, wandb.Image, started, logged = type("Error", (Exception,), {}), lambda path: Path(path).name, [], []
+    board = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    wandb.init = lambda **settings: started.append(settings) or board
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run, folder = world
+    run("log.board=wandb", "steps=2", *SHEETS)
+    run("log.board=wandb", "steps=3", *SHEETS)
+    assert [s["id"] for s in started] == [(folder / "run/wandb-id.txt").read_text()] * 2
+    assert [step for step, values in logged if "loss" in values] == [1, 2, 3]
+    assert (2, {"samples": "step-00000002.png"}) in logged
+
+    def refuse(**settings):
+        raise wandb.Error("No API key configured.")
+
+    wandb.init = refuse
+    with pytest.raises(UserError, match="W&B: No API key configured. Or set WANDB_MODE=offline"):
+        run("log.board=wandb", "steps=4")
+
+
+def test_tensorboard_has_curves_and_sheets(world):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run, folder = world
+    run("log.board=tensorboard", "steps=2", *SHEETS)
+    events = accumulator.EventAccumulator(str(folder / "run/tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2] and [e.step for e in events.Images("samples")] == [2]
 
 
 def test_dry_run_of_a_run_to_be(world, capsys):

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     score.add_argument("--sides-64", type=int, nargs="*", default=[512], help="px of the patch-64 model's pictures")
     ablate = stages.add_parser("ablate", help="short transfers that differ in one setting, scored and plotted")
-    ablate.add_argument("--steps", type=int, default=2000, help="training steps of each run (default 2000)")
+    ablate.add_argument("--steps", type=int, default=1500, help="training steps of each run (default 1500)")
     ablate.add_argument("--per-task", type=int, default=12, help="prompts of each of the six tasks (default 12)")
     ablate.add_argument("--other", type=Path, help="folder of another model's pictures with a metadata.csv")
     sheet = stages.add_parser("sheet", help="a contact sheet of 16 prompts by the bundled model")

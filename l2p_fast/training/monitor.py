@@ -7,6 +7,7 @@ import secrets
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ class Monitor:
                 raise UserError("log.board=wandb needs wandb: pip install wandb, or log.board=tensorboard") from error
             identity = folder / "wandb-id.txt"  # a resumed run goes on in the same curves
             if not identity.exists():
-                identity.write_text(secrets.token_hex(8))
+                with atomic_path(identity) as temporary:
+                    temporary.write_text(secrets.token_hex(8))
             try:
                 self.board = wandb.init(
                     dir=folder, project="l2p_fast", name=folder.name, id=identity.read_text(), resume="allow",
@@ -128,6 +130,15 @@ class Monitor:
             f"{line['images_per_second']:.2f} images/s, loss {self.smooth:.4f}, {line['memory_gb']:.1f} GB"
         )
 
+    def show(self, step: int, sheet: Path) -> None:
+        """Put a sample sheet on the board."""
+        if hasattr(self.board, "add_image"):
+            self.board.add_image("samples", np.asarray(Image.open(sheet)), step, dataformats="HWC")
+        elif self.board is not None:
+            import wandb
+
+            self.board.log({"samples": wandb.Image(str(sheet))}, step=step)
+
 
 def peak_bytes(device: torch.device) -> int:
     """Peak memory so far: of the CUDA allocator, else of the process."""
@@ -154,7 +165,7 @@ def sample_sheet(model: nn.Module, features: Features, config: Config, workers: 
         pictures += pixels_to_images(x.cpu(), "pil")
     if config.parallel.fsdp:
         model.reshard()
-    if workers.first and pictures:
+    if workers.first:
         sheet = Image.new("RGB", (log.width * len(pictures), log.height))
         for number, picture in enumerate(pictures):
             sheet.paste(picture, (number * log.width, 0))
