@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,12 @@ pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install l2p
 
 from tiny_pipeline import FEATURES, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
+from l2p_fast.errors import UserError
 from l2p_fast.pipeline import load_pipeline
 from l2p_fast.tiny import __main__ as command
 from l2p_fast.tiny import ablate, transfer
-from l2p_fast.tiny.corpus import write_table
+from l2p_fast.tiny.corpus import draw_corpus, write_table
+from l2p_fast.tiny.world import Prompt
 
 
 @pytest.fixture
@@ -96,3 +99,22 @@ def test_ablations(folder, monkeypatch, capsys):
     before = (folder / "ablations.json").stat().st_mtime_ns
     command.main(argv)
     assert (folder / "ablations.json").stat().st_mtime_ns == before
+
+
+def test_pictures_by_another_model_are_compared_on_equal_prompts(folder, monkeypatch):
+    for name in ("FEW", "VERY_FEW"):
+        monkeypatch.setattr(ablate, name, 2)
+    prompts = [Prompt.parse(text) for text in ("a blue star", "two red rings", "a green star")]
+    draw_corpus(folder / "other", 256, prompts)
+    tables = {}
+    for run in ablate.plan(folder, folder / "other", 5):
+        if run.question == "equal prompts by":
+            config = ablate.configure(folder, run, 1, torch.device("cpu"))
+            path = Path(config.data.path)
+            tables[run.choice] = [row[1] for row in ablate._rows(path if path.is_file() else path / "metadata.csv")]
+    right = ["a blue star", "two red rings"]
+    assert tables == {"another model": right, "the renderer": right, "the source": ["a blue star"]}
+    write_table(folder / "other" / "metadata.csv", [("00000.png", "a poem about the sea", 0)])
+    (folder / "ablations" / "other.csv").unlink()
+    with pytest.raises(UserError, match="has 0 pictures that can be used"):
+        ablate.plan(folder, folder / "other", 5)

@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,27 +84,52 @@ def plan(folder: Path, other: Path | None, n_layers: int) -> list[Run]:
         Run("pictures by", "the renderer", pictures(folder / "renderer" / "ablation")),
     ]
     if other is not None:
-        runs.append(Run("pictures by", "another model", pictures(_first(other, FEW, lists / "other.csv", check=True))))
+        theirs, drawn = _first(other, FEW, lists / "other.csv", check=True), folder / "renderer" / "as-other"
+        draw_corpus(drawn, 2 * GRID * 16, [Prompt.parse(prompt) for _, prompt, _ in _rows(theirs)])
+        runs += [
+            Run("equal prompts by", "the source", pictures(_of_prompts(corpus, theirs, lists / "source-as-other.csv"))),
+            Run("equal prompts by", "the renderer", pictures(drawn)),
+            Run("equal prompts by", "another model", pictures(theirs)),
+        ]
     if (folder / "l2p-64").exists():
         runs += [Run("shift at patch 64", f"{value:g}", shift(value), 64) for value in (3.0, SHIFTS[16], SHIFTS[64])]
     return runs
+
+
+def _rows(table: Path) -> list[tuple[str, str, str]]:
+    """(absolute path, prompt, seed) of each picture of a table in the published layout."""
+    try:
+        with open(table, newline="") as file:
+            return [
+                (str(table.parent.resolve() / row["image"]), row["prompt"], row["seed"]) for row in csv.DictReader(file)
+            ]
+    except (OSError, KeyError) as error:
+        raise UserError(f"{table} must be a table with image, prompt, seed beside its pictures ({error})") from error
 
 
 def _first(data: Path, count: int, table: Path, check: bool = False) -> Path:
     """A table of the first ``count`` pictures of the folder ``data``; with ``check``, of those that are right."""
     if table.exists():
         return table
-    try:
-        with open(data / "metadata.csv", newline="") as file:
-            rows = [(str(data.resolve() / row["image"]), row["prompt"], row["seed"]) for row in csv.DictReader(file)]
-    except (OSError, KeyError) as error:
-        raise UserError(f"{data} must hold pictures and a metadata.csv with image, prompt, seed ({error})") from error
+    rows = _rows(data / "metadata.csv")
     if check:
-        rows = [row for row in rows if matches(Prompt.parse(row[1]), read(Image.open(row[0])))]
+        rows = [row for row in rows if (prompt := Prompt.parse(row[1])) and matches(prompt, read(Image.open(row[0])))]
     if len(rows) < count:
         raise UserError(f"{data} has {len(rows)} pictures that can be used, {count} are needed")
     table.parent.mkdir(parents=True, exist_ok=True)
     write_table(table, rows[:count])
+    return table
+
+
+def _of_prompts(data: Path, like: Path, table: Path) -> Path:
+    """A table of pictures of the folder ``data`` that show the prompts of the table ``like``, as far as there are."""
+    if not table.exists():
+        wanted, rows = Counter(prompt for _, prompt, _ in _rows(like)), []
+        for row in _rows(data / "metadata.csv"):
+            if wanted[row[1]] > 0:
+                wanted[row[1]] -= 1
+                rows.append(row)
+        write_table(table, rows)
     return table
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import ZImagePipeline
 from PIL import Image
@@ -22,7 +24,7 @@ from ..files import atomic_path
 from ..ops import to_uint8
 from .ldm import BATCH, SIDE, random_pictures
 from .scorer import matches, read
-from .world import draw
+from .world import Prompt, draw, draw_scene
 
 STEPS, GUIDANCE = 16, 3.5
 
@@ -72,14 +74,18 @@ def run(folder: Path, device: torch.device, count: int) -> None:
     print(f"{len(right)} of {count} pictures show what they were asked for and are listed in {corpus / 'metadata.csv'}")
 
 
-def draw_corpus(folder: Path, side: int, count: int) -> None:
-    """``count`` pictures of ``side`` px by the renderer into ``folder``; what is there already is kept."""
+def draw_corpus(folder: Path, side: int, prompts: int | Sequence[Prompt]) -> None:
+    """Pictures of ``side`` px by the renderer into ``folder``, of so many prompts or of these; never drawn twice."""
     if (folder / "metadata.csv").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    drawn, rows = random_pictures(4, side), []
-    for i in tqdm(range(count), desc=f"renderer {side} px", disable=not sys.stderr.isatty()):
-        prompt, scene, _ = next(drawn)
+    if isinstance(prompts, int):
+        pictures = [picture[:2] for picture in islice(random_pictures(4, side), prompts)]
+    else:
+        rng = np.random.default_rng((4, side))
+        pictures = [(prompt, draw_scene(rng, prompt)) for prompt in prompts]
+    rows = []
+    for i, (prompt, scene) in enumerate(tqdm(pictures, desc=f"renderer {side} px", disable=not sys.stderr.isatty())):
         rows.append((f"{i:05d}.png", prompt.text, i))
         with atomic_path(folder / rows[-1][0]) as temporary:
             values = torch.from_numpy(draw(scene, side, side))
