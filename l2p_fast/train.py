@@ -44,7 +44,7 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
     """
     folder = open_run(config)
     model, trained = build(config, workers)
-    optimizer = AdamW(trained, config.optim, config.seed, workers.rank)
+    optimizer = AdamW(trained, config.optim, config.seed)
     average = EMA(trained, config.ema)
     stream, features = open_data(config, model, workers)
     place = find_checkpoint(folder, resume)

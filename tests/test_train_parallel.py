@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
 
@@ -14,6 +18,9 @@ from l2p_fast import convert
 from l2p_fast.checkpoint import Checkpoint
 from l2p_fast.train import main
 from l2p_fast.training import checkpoint as checkpoints
+from l2p_fast.training.config import OptimConfig
+from l2p_fast.training.optim import AdamW
+from l2p_fast.training.parallel import local
 
 torch.set_num_threads(1)
 KINDS = [("adamw", 1e-5), ("adamw8bit", 1e-3)]
@@ -97,3 +104,27 @@ def test_fp32_weights_with_bf16_products(tmp_path):
     main([str(config), *settings, f"run={tmp_path / 'one'}"])
     run_ranks(2, [config, *settings, "--hybrid", f"run={tmp_path / 'two'}"], tmp_path / "log")
     close(tmp_path / "one", tmp_path / "two", 0.02)
+
+
+def test_copies_of_a_shard_are_rounded_alike():
+    """As if this were process 1 of 4, without the others."""
+
+    def rounded(ranks: list | None = None) -> torch.Tensor:
+        def place(values):
+            if ranks is None:
+                return values
+            mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("replicate", "shard"))
+            return DTensor.from_local(values, mesh, [Replicate(), Shard(0)], run_check=False)
+
+        weight = torch.nn.Parameter(place(torch.full((64, 8), 1.0).bfloat16()))
+        weight.grad = place(torch.full((64, 8), 0.5).bfloat16())
+        AdamW({"w": weight}, OptimConfig("adamw", lr=1e-3)).step()
+        return local(weight).detach().clone()
+
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        first_shard, second_shard = rounded([[0, 2], [1, 3]]), rounded([[0, 1], [2, 3]])
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(first_shard, rounded())
+    assert not torch.equal(second_shard, rounded())

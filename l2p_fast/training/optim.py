@@ -16,8 +16,9 @@ Letters: R rows held here, C values a row, K = C filled up to a multiple of 256.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .config import OptimConfig
-from .parallel import like_sharded, local
+from .parallel import like_sharded, local, shard_index
 
 BLOCK = 256  # values that share a scale, as in bitsandbytes
 MIN_8BIT_VALUES, MIN_8BIT_ROW = 4096, 128  # smaller tensors, or shorter rows, have 32-bit states
@@ -76,9 +77,9 @@ class AdamW:
         UserError: bitsandbytes or torchao is wanted but not installed.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimConfig, seed: int = 0, rank: int = 0):
+    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimConfig, seed: int = 0):
         self.named = dict(named)
-        self.config, self.seed, self.rank = config, seed, rank
+        self.config, self.seed = config, seed
         self.lr, self.steps = config.lr, 0
         self.squared, self.skipped = 0.0, 0
         self.state: dict[str, dict[str, Tensor]] = {name: self._new_state(p) for name, p in self.named.items()}
@@ -98,8 +99,7 @@ class AdamW:
     @torch.no_grad()
     def squared_norm(self) -> float:
         """Sum of squares of the gradients held here."""
-        gradients = [local(p.grad) for p in self.named.values() if p.grad is not None]
-        return float(sum((g.float().square().sum() for g in gradients), torch.zeros((), device=gradients[0].device)))
+        return float(sum(_square(local(p.grad)) for p in self.named.values() if p.grad is not None))
 
     @torch.no_grad()
     def clip(self, norm: float, highest: float) -> None:
@@ -154,8 +154,7 @@ class AdamW:
 
     @torch.no_grad()
     def _update_if_finite(self, name: str) -> None:
-        gradient = local(self.named[name].grad)
-        square = gradient.float().square().sum()
+        square = _square(local(self.named[name].grad))
         if not self.skipped and torch.isfinite(square):
             self.squared = self.squared + square
             self._update(name)
@@ -220,9 +219,15 @@ class AdamW:
             values.copy_(padded[:, :columns])
 
     def _rng(self, name: str, weight: Tensor) -> torch.Generator:
-        """Seeded by run, step, tensor and process: no random state needs to be kept."""
+        """Seeded by run, step, tensor and shard: no random state needs to be kept, and copies of a shard stay equal."""
         rng = self._rngs.setdefault(weight.device, torch.Generator(weight.device))
-        return rng.manual_seed(hash((self.seed, self.steps, self._places[name], self.rank)) & MAX_SEED)
+        shard = shard_index(self.named[name])
+        return rng.manual_seed(hash((self.seed, self.steps, self._places[name], shard)) & MAX_SEED)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """The sum of squares in fp32, without an fp32 copy."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
 
 
 def _padded(columns: int) -> int:
@@ -244,12 +249,28 @@ def _bitsandbytes_update():
             codes[weight.device] = tuple(
                 functional.create_dynamic_map(signed=signed).to(weight.device) for signed in (True, False)
             )
-        functional.optimizer_update_8bit_blockwise(
-            "adam", gradient, weight, m, v, beta1, beta2, 0.0, 0.0, eps, step, lr, *codes[weight.device],
-            m_scale, v_scale, weight_decay,
-        )  # fmt: skip
+        with _on_default_stream(weight.device):
+            functional.optimizer_update_8bit_blockwise(
+                "adam", gradient, weight, m, v, beta1, beta2, 0.0, 0.0, eps, step, lr, *codes[weight.device],
+                m_scale, v_scale, weight_decay,
+            )  # fmt: skip
 
     return update
+
+
+@contextlib.contextmanager
+def _on_default_stream(device: torch.device) -> Iterator[None]:
+    """Order a kernel that always goes to the default stream among those of the current one.
+
+    FSDP makes fused updates on a stream of its own, and PyTorch's streams don't wait for the default one.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)
 
 
 def _torchao_update():

@@ -143,6 +143,11 @@ def replicas(parameter: Tensor) -> int:
     return parameter.device_mesh.size(0) if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2 else 1
 
 
+def shard_index(parameter: Tensor) -> int:
+    """Which of its rows this process holds, counted in shards; copies of a shard have the same index."""
+    return parameter.device_mesh.get_local_rank("shard") if isinstance(parameter, DTensor) else 0
+
+
 def load_sharded(model: nn.Module, read: Callable[[str], Tensor], workers: Workers) -> None:
     """Give the meta parameters of a sharded ``model`` memory and the values that the first process reads."""
     unread = {name for name, p in model.named_parameters() if p.is_meta}
