@@ -99,18 +99,28 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
         """The gradient of the input embedding, which the whole model lies behind."""
         if latent:
             return 0.0 if run().isfinite() else float("inf")
-        reference = plain if variant != FEW_BITS else PlainL2P(make())  # its weights are as they were
-        reference.checkpointing = True
-        freeze(reference, scale)
         gradients: list[torch.Tensor] = []
         small = [torch.rand(1, 3, checked, checked, device=device) for _ in range(2)]
-        name = f"all_x_embedder.{patch}-1.weight"
-        for owner, forward in ((trained, call), (reference, lambda x: reference(x, t, cap))):
-            weight = getattr(owner, "body", owner).get_parameter(name)
+
+        def note(owner: torch.nn.Module, forward) -> None:
+            weight = getattr(owner, "body", owner).get_parameter(f"all_x_embedder.{patch}-1.weight")
             handle = weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
             loss(forward, *small).backward()
             handle.remove()
             owner.zero_grad(set_to_none=True)
+
+        note(trained, call)
+        if variant == FEW_BITS:
+            trained.to("cpu")  # a card that is made for 8 bits may not hold both
+            reference = PlainL2P(make())  # its weights are as they were
+        else:
+            reference = plain
+        reference.checkpointing = True
+        freeze(reference, scale)
+        note(reference, lambda x: reference(x, t, cap))
+        if variant == FEW_BITS:
+            del reference
+            trained.to(device)
         return error(*gradients)
 
     checked = check_side(side, device)

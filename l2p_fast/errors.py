@@ -11,10 +11,10 @@ class UserError(ValueError):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a command line's ``main``; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a command line's ``main``; a `UserError`, and what files and disks refuse, is one line on stderr, code 2."""
     try:
         code = main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

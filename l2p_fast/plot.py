@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from .errors import UserError, run_cli
@@ -12,11 +13,12 @@ SMOOTHING = 0.95
 
 
 def smooth(values: list[float], keep: float = SMOOTHING) -> list[float]:
-    """Running mean, unbiased at its start."""
+    """Running mean, unbiased at its start; a value that isn't finite (a skipped step) leaves a gap of its own alone."""
     out, total, weight = [], 0.0, 0.0
     for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(total / weight)
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(total / weight if math.isfinite(value) else math.nan)
     return out
 
 

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, run_cli
+from .files import atomic_path
+from .model import L2PTransformer2DModel
 from .training import checkpoint as checkpoints
-from .training.build import autocast, build
+from .training.build import autocast, build, check_base
 from .training.config import Config, as_dict, check, load_config, write_config
-from .training.data import Features, Stream, list_pictures, make_buckets, make_features
+from .training.data import Features, Picture, Stream, list_pictures, make_buckets, make_features
 from .training.ema import EMA
 from .training.memory import plan
-from .training.monitor import Monitor, sample_sheet
+from .training.monitor import Monitor, free_memory, sample_sheet
 from .training.objective import SIGMA_BUCKETS, losses
 from .training.optim import AdamW
 from .training.parallel import Workers, replicas, start
@@ -43,10 +45,13 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
         UserError: what the user can mend; earlier checkpoints are untouched.
     """
     folder = open_run(config)
+    check_base(config)
+    pictures, features = open_data(config, workers)  # before the model: the text encoder needs the device, too
     model, trained = build(config, workers)
+    check_sheet(config, model)
     optimizer = AdamW(trained, config.optim, config.seed)
     average = EMA(trained, config.ema)
-    stream, features = open_data(config, model, workers)
+    stream = open_stream(config, pictures, model, workers)
     place = find_checkpoint(folder, resume)
     done, skipped, skipped_in_row, seconds = 0, 0, 0, 0.0
     if place is not None:
@@ -74,8 +79,8 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
         return checkpoints.save(folder, tensors_of(optimizer, average), state, config.keep, workers)
 
     saved = done if place is not None else -1
-    stop, mark = Stop(), time.monotonic()
-    with monitor:
+    mark = time.monotonic()
+    with monitor, Stop() as stop:
         while done < config.steps and not stop.agreed and not (config.minutes and seconds >= config.minutes * 60):
             batches = stream.next()
             optimizer.lr = config.optim.lr * schedule(config, done, seconds)
@@ -121,9 +126,11 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
                 save()
                 saved = done
             if config.log.sample_every and config.log.prompts and done % config.log.sample_every == 0:
-                sheet = folder / "samples" / f"step-{done:08d}.png"
-                sample_sheet(model, features, config, workers, sheet)
-                monitor.show(done, sheet)
+                sheet = sample_sheet(model, features, config, workers, lambda: stop.agree(workers))
+                if sheet is not None:
+                    with atomic_path(folder / "samples" / f"step-{done:08d}.png") as temporary:
+                        sheet.save(temporary)
+                    monitor.show(done, sheet)
         if saved != done or not checkpoints.complete(folder):
             save()
     if stop.agreed:
@@ -160,12 +167,23 @@ def tensors_of(optimizer: AdamW, average: EMA) -> dict[str, Tensor]:
 
 
 class Stop:
-    """A wish to stop, by SIGTERM (preemption) or SIGINT; `agreed` once all processes know of it."""
+    """A wish to stop, by SIGTERM (preemption) or SIGINT; `agreed` once all processes know of it. Use as a context."""
 
     def __init__(self):
         self.asked, self.agreed = False, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+
+    def __enter__(self) -> Stop:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agree(self, workers: Workers) -> bool:
+        """Whether any process is asked to stop; all call this together."""
+        self.agreed = any(workers.sum([self.asked]))
+        return self.agreed
 
     def _ask(self, number: int, frame) -> None:
         self.asked = True
@@ -187,18 +205,9 @@ def open_run(config: Config) -> Path:
     return folder
 
 
-def open_data(config: Config, model, workers: Workers) -> tuple[Stream, Features]:
-    """The stream of batches and the text features, made where they are missing (each process its part)."""
-    pictures, buckets, bad = None, None, set()
-    if workers.first:
-        pictures = list_pictures(config.data)
-        step = model.size_multiple // model.patch_size
-        buckets = make_buckets(pictures, config.data, step, bad, config.data.workers)
-    pictures, buckets, bad = workers.share((pictures, buckets, bad))
-    stream = Stream(
-        pictures, buckets, config.data, config.objective, model.patch_size, config.seed, workers.rank, workers.world,
-        config.accumulation, bad,
-    )  # fmt: skip
+def open_data(config: Config, workers: Workers) -> tuple[list[Picture], Features]:
+    """The pictures and their text features, made where they are missing (each process its part)."""
+    pictures = workers.share(list_pictures(config.data) if workers.first else None)
     features = Features(config.data.features or Path(config.run) / "features")
     empty = [""] if config.data.caption_dropout or config.log.sample_every else []
     missing = features.missing([*empty, *(p.prompt for p in pictures), *config.log.prompts])
@@ -209,7 +218,28 @@ def open_data(config: Config, model, workers: Workers) -> tuple[Stream, Features
             make_features(features, mine or missing, config.data.text_encoder, workers.device)
         workers.wait()
         features.refresh()
-    return stream, features
+        free_memory(workers.device)
+    return pictures, features
+
+
+def open_stream(config: Config, pictures: list[Picture], model: L2PTransformer2DModel, workers: Workers) -> Stream:
+    """The stream of batches for ``model``."""
+    buckets, bad = None, set()
+    if workers.first:
+        step = model.size_multiple // model.patch_size
+        buckets = make_buckets(pictures, config.data, step, bad, config.data.workers)
+    buckets, bad = workers.share((buckets, bad))
+    return Stream(
+        pictures, buckets, config.data, config.objective, model.patch_size, config.seed, workers.rank, workers.world,
+        config.accumulation, bad,
+    )  # fmt: skip
+
+
+def check_sheet(config: Config, model: L2PTransformer2DModel) -> None:
+    """Refuse a size of the sample sheets that the model can't draw, before the first is due."""
+    log, multiple = config.log, model.size_multiple
+    if log.sample_every and (log.height % multiple or log.width % multiple):
+        raise UserError(f"log.height and log.width must be multiples of {multiple}, got {log.height} x {log.width}")
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -276,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     config.parallel.fsdp |= args.fsdp
     config.parallel.hybrid |= args.hybrid
     check(config)
+    if args.processes < 1:
+        raise UserError(f"--processes must be at least 1, got {args.processes}")
     if args.dry_run:
         print(plan(config, args.processes, args.device_gb))
         return 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +26,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def world(tmp_path):
-    with world_in(tmp_path) as made:
-        yield made
+    return world_in(tmp_path)
 
 
 def frozen_and_trained(model, trained):
@@ -129,6 +128,9 @@ def test_sample_sheets_and_plots(world):
     assert Image.open(folder / "run" / "curves.png").size[0] > 400
     with pytest.raises(UserError, match="no log.jsonl"):
         plot.main([str(folder)])
+    assert [round(value, 3) for value in plot.smooth([1.0, math.inf, 1.0])[::2]] == [1.0, 1.0]
+    with pytest.raises(UserError, match="multiples of 16, got 40 x 48"):
+        run("steps=4", "log.sample_every=4", "log.prompts=[picture 1]", "log.height=40", "log.width=48")
 
 
 SHEETS = ("log.sample_every=2", "log.prompts=[picture 1]", "log.sample_steps=1", "log.height=32", "log.width=32")
@@ -137,7 +139,7 @@ SHEETS = ("log.sample_every=2", "log.prompts=[picture 1]", "log.sample_steps=1",
 def test_wandb_goes_on_in_the_same_run(world, monkeypatch):
     """Against a stand-in of the package: what it is asked for, and that its errors are one line."""
     wandb = types.ModuleType("wandb")
-    wandb.Error, wandb.Image, started, logged = type("Error", (Exception,), {}), lambda path: Path(path).name, [], []
+    wandb.Error, wandb.Image, started, logged = type("Error", (Exception,), {}), lambda sheet: sheet.size, [], []
     board = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
     wandb.init = lambda **settings: started.append(settings) or board
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -146,7 +148,7 @@ def test_wandb_goes_on_in_the_same_run(world, monkeypatch):
     run("log.board=wandb", "steps=3", *SHEETS)
     assert [s["id"] for s in started] == [(folder / "run/wandb-id.txt").read_text()] * 2
     assert [step for step, values in logged if "loss" in values] == [1, 2, 3]
-    assert (2, {"samples": "step-00000002.png"}) in logged
+    assert (2, {"samples": (32, 32)}) in logged
 
     def refuse(**settings):
         raise wandb.Error("No API key configured.")
@@ -172,6 +174,8 @@ def test_dry_run_of_a_run_to_be(world, capsys):
     count = sum(p.numel() for p in tiny_model().parameters())
     assert f"{count / 1e3:.1f} k parameters" in text and "all_x_embedder" in text and "fits" in text
     assert not (folder / "run").exists()
+    with pytest.raises(UserError, match="--processes must be at least 1, got 0"):
+        run("--dry-run", "--processes=0")
 
 
 def test_the_command_line_shows_one_line(tmp_path):

@@ -50,6 +50,10 @@ def test_overrides(tmp_path):
         ("data.grids.3.batch=1", "no such place"),
         ("data.grids=[]", "data.grids is empty"),
         ("optim", "key=value"),
+        ("optim.warmup=-5", "optim.warmup must not be negative"),
+        ("optim.clip=-1", "optim.clip must not be negative"),
+        ("minutes=-1", "minutes must not be negative"),
+        ("data.grids=[{shift: -1}]", "data.grids.0.shift must not be negative"),
         ("data.max_aspect=0.5", "at least 1"),
         ("model=big", "model must hold keys and values"),
     ],
@@ -211,3 +215,12 @@ def test_plan_of_4k_on_one_card():
     model = build_empty({"all_patch_size": (64,)})
     freeze(model, config.freeze)
     assert expected(config, model).total < 21e9
+
+
+def test_plan_counts_whole_gradients_where_shards_accumulate():
+    settings = ["parallel.fsdp=true", "data.grids=[{batch: 32}]"]
+    model = build_empty({"all_patch_size": (16,)})
+    freeze(model, load_config(None).freeze)
+    at_once, in_four = (expected(load_config(None, [*settings, f"accumulation={n}"]), model, 8) for n in (1, 4))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert in_four.gradients - at_once.gradients == 4 * trained

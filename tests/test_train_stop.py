@@ -22,6 +22,7 @@ from tiny_training import CONTEXT, child, curve, make_world, start, tiny_model, 
 from l2p_fast import train
 from l2p_fast.errors import UserError
 from l2p_fast.training import checkpoint as checkpoints
+from l2p_fast.training import monitor
 from l2p_fast.training.config import load_config
 from l2p_fast.training.monitor import read_log
 
@@ -30,8 +31,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def world(tmp_path):
-    with world_in(tmp_path) as made:
-        yield made
+    return world_in(tmp_path)
 
 
 def test_resuming_is_as_if_it_had_not_stopped(world):
@@ -105,9 +105,13 @@ def test_killed_at_twenty_random_moments(tmp_path):
     killed_and_resumed(tmp_path, uninterrupted(tmp_path, overrides), 20, overrides)
 
 
-def test_sigterm_saves_and_ends_well(tmp_path):
+@pytest.mark.parametrize("drawing", [False, True])
+def test_sigterm_saves_and_ends_well(tmp_path, drawing):
     make_world(tmp_path)
     argv = [tmp_path / "config.yaml", "steps=100000", "save_every=100000"]
+    if drawing:  # an endless sample sheet
+        argv += ["log.sample_every=3", "log.prompts=[picture 1]", "log.sample_steps=1000000", "log.height=32",
+                 "log.width=32"]  # fmt: skip
     process = start(argv, tmp_path / "log")
     began = time.monotonic()
     while len(read_log(tmp_path / "run")) < 3:
@@ -119,6 +123,7 @@ def test_sigterm_saves_and_ends_well(tmp_path):
     [place] = checkpoints.complete(tmp_path / "run")
     assert checkpoints.read_state(place)["step"] == len(read_log(tmp_path / "run"))
     assert "stopped by a signal" in (tmp_path / "log").read_text()
+    assert not drawing or len(read_log(tmp_path / "run")) == 3
 
 
 def limited(argv, log, limit):
@@ -143,6 +148,16 @@ def test_a_full_disk(world):
     [place] = checkpoints.complete(folder / "run")
     assert place.name == "step-00000002" and list(place.parent.iterdir()) == [place]
     assert run("steps=4") == 0
+
+
+def test_a_full_disk_under_the_log(world, monkeypatch):
+    run, folder = world
+    run("steps=2")
+    monkeypatch.setattr(monitor, "open", lambda *_: open("/dev/full", "w"), raising=False)
+    with pytest.raises(UserError, match="/dev/full: No space left on device; earlier checkpoints are whole"):
+        run("steps=4")
+    monkeypatch.undo()
+    assert run("steps=4") == 0 and len(curve(folder / "run")) == 4
 
 
 def test_an_unwritable_folder(world):
@@ -235,6 +250,13 @@ def test_several_processes_need_fsdp(world, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="add --fsdp"):
         run()
+
+
+def test_signals_are_as_before_after_a_run(world):
+    run, _ = world
+    before = signal.getsignal(signal.SIGTERM)
+    run("steps=2")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_state_is_plain_json(world):

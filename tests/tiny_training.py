@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -110,13 +108,7 @@ def run_ranks(world: int, argv: list[str], log: Path) -> None:
         assert process.exitcode == 0, said
 
 
-@contextlib.contextmanager
 def world_in(folder: Path):
-    """(run the command line with overrides, ``folder``); the handlers of signals are put back."""
+    """(run the command line with overrides, ``folder``)."""
     path = make_world(folder)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda *overrides: train.main([str(path), *map(str, overrides)]), folder
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return lambda *overrides: train.main([str(path), *map(str, overrides)]), folder

@@ -19,17 +19,26 @@ from .quantize import quantize_frozen
 BLOCKS = ("noise_refiner", "context_refiner", "layers")
 
 
-def build(config: Config, workers: Workers) -> tuple[L2PTransformer2DModel, dict[str, nn.Parameter]]:
-    """The model ready to train, and its trained parameters by name.
+def check_base(config: Config) -> None:
+    """Refuse a base that can't be one, before longer work; its tensors are not read.
 
     Raises:
-        UserError: no base, or one that can't be used; a freeze policy that fits nothing.
+        UserError: no base, or no L2P checkpoint.
     """
     if not config.model.base:
         raise UserError(
             "no model to start from; give model.base=FILE, a whole L2P checkpoint "
             "(python -m l2p_fast.convert init makes one from a Z-Image)"
         )
+    Checkpoint(config.model.base).demand("l2p")
+
+
+def build(config: Config, workers: Workers) -> tuple[L2PTransformer2DModel, dict[str, nn.Parameter]]:
+    """The model ready to train, and its trained parameters by name.
+
+    Raises:
+        UserError: a base that can't be used; a freeze policy that fits nothing.
+    """
     dtype, bits = DTYPES[config.model.weights], config.model.frozen_bits
     if not config.parallel.fsdp:
         model = load_model(config.model.base, dtype, workers.device)

@@ -257,17 +257,23 @@ def check(config: Config) -> None:
         "objective.shift": config.objective.shift, "objective.grid": config.objective.grid,
         "objective.std": config.objective.std, "ema.every": config.ema.every, "data.workers": config.data.workers,
         "data.prefetch": config.data.prefetch, "memory.head_mb": config.memory.head_mb,
-        "log.sample_steps": config.log.sample_steps,
+        "log.sample_steps": config.log.sample_steps, "log.height": config.log.height, "log.width": config.log.width,
+        "optim.eps": config.optim.eps,
+    }  # fmt: skip
+    zero_or_more = {
+        "minutes": config.minutes, "freeze.n": config.freeze.n, "objective.pyramid": config.objective.pyramid,
+        "optim.weight_decay": config.optim.weight_decay, "optim.warmup": config.optim.warmup,
+        "optim.clip": config.optim.clip, "log.sample_every": config.log.sample_every,
     }  # fmt: skip
     for i, grid in enumerate(config.data.grids):
         positive |= {f"data.grids.{i}.{key}": getattr(grid, key) for key in ("tokens", "batch", "share", "sigma_max")}
-        if min(grid.shift, grid.head_crop, grid.coarse) < 0:
-            raise UserError(f"data.grids.{i}: shift, head_crop and coarse must not be negative")
-    if config.objective.pyramid < 0:
-        raise UserError(f"objective.pyramid must not be negative, got {config.objective.pyramid}")
+        zero_or_more |= {f"data.grids.{i}.{key}": getattr(grid, key) for key in ("shift", "head_crop", "coarse")}
     for name, value in positive.items():
         if not value > 0:
             raise UserError(f"{name} must be positive, got {value}")
+    for name, value in zero_or_more.items():
+        if not value >= 0:
+            raise UserError(f"{name} must not be negative, got {value}")
     shares = {
         "ema.decay": config.ema.decay, "data.caption_dropout": config.data.caption_dropout,
         "data.max_bad_share": config.data.max_bad_share, "objective.uniform_share": config.objective.uniform_share,
@@ -289,5 +295,3 @@ def check(config: Config) -> None:
         raise UserError("model.compute=float32 needs model.weights=float32")
     if config.parallel.hybrid and not config.parallel.fsdp:
         raise UserError("--hybrid is a way of sharding; add --fsdp")
-    if config.freeze.n < 0:
-        raise UserError(f"freeze.n must not be negative, got {config.freeze.n}")

@@ -69,7 +69,12 @@ def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
         gradients = sum(p.numel() for p in trained) * width // world
     if world > 1:  # a gathered block, the one gathered ahead of it, and gradients on their way
         compute = DTYPES[config.model.compute].itemsize
-        gradients += max(sum(p.numel() for p in block.parameters()) for block in model.layers) * (2 * compute + 4)
+        sizes = {name: p.numel() for name, p in parameters.items()}
+        blocks = [sum(p.numel() for p in block.parameters()) for block in model.layers]
+        root = sum(size for name, size in sizes.items() if not name.startswith((*BLOCKS, "local_decoder")))
+        gradients += max(*blocks, root) * (2 * compute + 4)
+        if config.accumulation > 1:  # whole and in fp32, until the step's last pass exchanges them
+            gradients += 4 * sum(p.numel() for p in trained)
     states = 0 if config.optim.offload else sum(state_bytes(p.shape, config.optim, width) for p in trained) // world
     average = 4 * sum(p.numel() for p in trained) // world if config.ema.decay and not config.ema.device else 0
 

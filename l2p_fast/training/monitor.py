@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ from .objective import SIGMA_BUCKETS, generator
 from .parallel import Workers
 
 LOG = "log.jsonl"
+BOARD_PIXELS = 4096  # longer side of a sheet on TensorBoard or W&B
 
 
 def read_log(folder: Path, until: int | None = None) -> list[dict]:
@@ -50,7 +54,7 @@ class Monitor:
     def __init__(self, folder: Path, config: Config, done: int, workers: Workers):
         self.first, self.device, self.total = workers.first, workers.device, config.steps
         self.log = self.board = self.bar = None
-        self.smooth = None
+        self.smooth = math.nan
         if not self.first:
             return
         kept = read_log(folder, done)
@@ -88,7 +92,8 @@ class Monitor:
     def __exit__(self, *_) -> None:
         for part in (self.bar, self.log, self.board):
             if part is not None:
-                (part.finish if hasattr(part, "finish") else part.close)()
+                with contextlib.suppress(OSError):  # of a full disk, which `step` has told of
+                    (part.finish if hasattr(part, "finish") else part.close)()
 
     def say(self, text: str) -> None:
         if self.first:
@@ -115,29 +120,34 @@ class Monitor:
             "epoch": round(epoch, 4), "seconds": round(seconds, 4), "images_per_second": round(images / seconds, 3),
             "memory_gb": round(peak_bytes(self.device) / 1e9, 3), "skipped_steps": skipped, "bad_images": bad,
         }  # fmt: skip
-        self.log.write(json.dumps(line) + "\n")
-        self.log.flush()
         numbers = {k: v for k, v in line.items() if k not in ("step", "loss_by_sigma")}
         numbers |= {f"loss_by_sigma/{k}": v for k, v in by_sigma.items()}
-        if hasattr(self.board, "add_scalar"):
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, step)
-        elif self.board is not None:
-            self.board.log(numbers, step=step)
-        self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
+        try:
+            self.log.write(json.dumps(line) + "\n")
+            self.log.flush()
+            if hasattr(self.board, "add_scalar"):
+                for name, value in numbers.items():
+                    self.board.add_scalar(name, value, step)
+            elif self.board is not None:
+                self.board.log(numbers, step=step)
+        except OSError as error:
+            raise UserError(f"can't write {self.log.name}: {error.strerror}; earlier checkpoints are whole") from error
+        if math.isfinite(loss):
+            self.smooth = loss if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.bar.update(1)
         self.bar.set_postfix_str(
             f"{line['images_per_second']:.2f} images/s, loss {self.smooth:.4f}, {line['memory_gb']:.1f} GB"
         )
 
-    def show(self, step: int, sheet: Path) -> None:
-        """Put a sample sheet on the board."""
+    def show(self, step: int, sheet: Image.Image) -> None:
+        """Put a sample sheet on the board, made smaller: `sheet` itself is changed."""
+        sheet.thumbnail((BOARD_PIXELS, BOARD_PIXELS))
         if hasattr(self.board, "add_image"):
-            self.board.add_image("samples", np.asarray(Image.open(sheet)), step, dataformats="HWC")
+            self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
         elif self.board is not None:
             import wandb
 
-            self.board.log({"samples": wandb.Image(str(sheet))}, step=step)
+            self.board.log({"samples": wandb.Image(sheet)}, step=step)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -149,25 +159,40 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def free_memory(device: torch.device) -> None:
+    """Give back what was used before the training, and count the peak from here."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 @torch.no_grad()
-def sample_sheet(model: nn.Module, features: Features, config: Config, workers: Workers, path: Path) -> None:
-    """Draw ``log.prompts`` side by side, each with the same noise at every call. All processes take part."""
+def sample_sheet(
+    model: nn.Module, features: Features, config: Config, workers: Workers, stopping: Callable[[], bool]
+) -> Image.Image | None:
+    """Draw ``log.prompts`` side by side, each with the same noise at every call. All processes take part.
+
+    Returns None where this is not the first process, and when ``stopping`` said so, on all of them at once.
+    """
     log, shift, pictures = config.log, config.objective.shift, []
     for number, prompt in enumerate(log.prompts):
         x = torch.randn((1, 3, log.height, log.width), generator=generator("sample", number)).to(workers.device)
         levels = flow.sigmas(log.sample_steps, shift).tolist()
         texts = [features[text].to(workers.device) for text in (prompt, "")]
         for sigma, after in zip(levels[:-1], levels[1:], strict=True):
+            if stopping():
+                break
             with autocast(config, workers.device):
                 t = torch.full((1,), 1 - sigma, device=workers.device)
                 v_pos, v_neg = (flow.velocity(model(x, t, [text]).float()) for text in texts)
             x = flow.euler_step(x, flow.guide(v_pos, v_neg, log.guidance), sigma, after)
-        pictures += pixels_to_images(x.cpu(), "pil")
+        else:
+            pictures += pixels_to_images(x.cpu(), "pil")
     if config.parallel.fsdp:
         model.reshard()
-    if workers.first:
-        sheet = Image.new("RGB", (log.width * len(pictures), log.height))
-        for number, picture in enumerate(pictures):
-            sheet.paste(picture, (number * log.width, 0))
-        with atomic_path(path) as temporary:
-            sheet.save(temporary)
+    if not workers.first or len(pictures) < len(log.prompts):
+        return None
+    sheet = Image.new("RGB", (log.width * len(pictures), log.height))
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number * log.width, 0))
+    return sheet
