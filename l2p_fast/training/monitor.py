@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import secrets
@@ -161,6 +162,7 @@ def peak_bytes(device: torch.device) -> int:
 
 def free_memory(device: torch.device) -> None:
     """Give back what was used before the training, and count the peak from here."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

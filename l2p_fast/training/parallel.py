@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from ..errors import UserError
 from .config import Config
 
+PATIENCE = timedelta(hours=1)  # the others wait while the first process lists many pictures
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -86,7 +88,7 @@ def start(config: Config) -> Workers:
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", "0")
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return Workers(rank, world, device)
 
 
