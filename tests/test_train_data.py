@@ -16,7 +16,7 @@ pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[
 
 from l2p_fast.errors import UserError
 from l2p_fast.training.config import DataConfig, GridConfig, ObjectiveConfig
-from l2p_fast.training.data import Features, Stream, list_pictures, make_buckets, make_features, shapes_of
+from l2p_fast.training.data import Features, Picture, Stream, list_pictures, make_buckets, make_features, shapes_of
 
 
 def picture(number: int, width: int = 32, height: int = 32) -> Image.Image:
@@ -75,6 +75,16 @@ def test_a_truncated_shard_gives_what_lies_before(tmp_path):
     shard = write_shards(tmp_path / "d") / "1.tar"
     shard.write_bytes(shard.read_bytes()[: 512 * 7])
     assert 3 < len(list_pictures(DataConfig(path=str(tmp_path / "d")))) < 6
+
+
+def test_exif_turns_even_beside_a_damaged_tag(tmp_path):
+    """PIL reads such a tag, but fails to write it (struct.error)."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110] = 6, "camera"  # a quarter turn; the model, whose tag becomes one of numbers
+    image = Image.fromarray(np.repeat(np.uint8([[[0] * 3], [[200] * 3]]), 16, axis=0).repeat(32, axis=1))
+    image.save(tmp_path / "a.jpg", exif=exif.tobytes().replace(b"\x01\x10", b"\x01\x00"))
+    pixels = Picture(str(tmp_path / "a.jpg"), "").load(32, 32)
+    assert pixels[..., 0].mean() > 0.5 and pixels[..., -1].mean() < -0.9  # the lower half is the left one now
 
 
 def test_wrong_data(tmp_path):

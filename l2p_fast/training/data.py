@@ -19,7 +19,9 @@ import hashlib
 import io
 import json
 import math
+import struct
 import tarfile
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +41,10 @@ from .objective import coarse_noise, draw_noise, draw_sigma, generator
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPT_KEYS = ("prompt", "text", "caption")
 FEATURES_AT_ONCE = 256  # prompts in one file of cached features
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for damaged files
+UNREADABLE = (  # what PIL raises for damaged files
+    OSError, ValueError, SyntaxError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,9 @@ class Picture:
     def load(self, height: int, width: int) -> Tensor:
         """(3, height, width) fp32 in [-1, 1]: resized to cover, the middle cut out."""
         with self.open() as image:
+            image.load()
+            image.getexif()  # the image keeps it; of its bytes PIL would write a turned copy, and fail at any odd tag
+            image.info.pop("exif", None)
             image = ImageOps.exif_transpose(image).convert("RGB")
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -262,7 +270,7 @@ def make_buckets(
         def aspect(picture: Picture) -> float | None:
             try:
                 with picture.open() as image:
-                    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF: lies on its side
+                    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF: lies on its side
                     return image.width / image.height if turned else image.height / image.width
             except UNREADABLE:
                 return None
