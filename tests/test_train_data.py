@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +18,16 @@ pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[
 
 from l2p_fast.errors import UserError
 from l2p_fast.training.config import DataConfig, GridConfig, ObjectiveConfig
-from l2p_fast.training.data import Features, Picture, Stream, list_pictures, make_buckets, make_features, shapes_of
+from l2p_fast.training.data import (
+    UNREADABLE,
+    Features,
+    Picture,
+    Stream,
+    list_pictures,
+    make_buckets,
+    make_features,
+    shapes_of,
+)
 
 
 def picture(number: int, width: int = 32, height: int = 32) -> Image.Image:
@@ -85,6 +96,21 @@ def test_exif_turns_even_beside_a_damaged_tag(tmp_path):
     image.save(tmp_path / "a.jpg", exif=exif.tobytes().replace(b"\x01\x10", b"\x01\x00"))
     pixels = Picture(str(tmp_path / "a.jpg"), "").load(32, 32)
     assert pixels[..., 0].mean() > 0.5 and pixels[..., -1].mean() < -0.9  # the lower half is the left one now
+
+
+@pytest.mark.parametrize(("side", "readable"), [(32768, True), (32769, False)])
+def test_large_pictures_are_no_bombs(tmp_path, monkeypatch, recwarn, side, readable):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    header = bytearray(png(picture(0))[:33])  # signature and IHDR alone: sides at 16, check sum at 29
+    header[16:24] = struct.pack(">II", side, side)
+    header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
+    (tmp_path / "a.png").write_bytes(header + png(picture(0))[33:])
+    if readable:
+        assert Picture(str(tmp_path / "a.png"), "").open().size == (side, side)
+    else:
+        with pytest.raises(UNREADABLE):
+            Picture(str(tmp_path / "a.png"), "").open()
+    assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
 
 
 def test_wrong_data(tmp_path):

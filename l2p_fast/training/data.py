@@ -40,6 +40,7 @@ from .objective import coarse_noise, draw_noise, draw_sigma, generator
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPT_KEYS = ("prompt", "text", "caption")
+MAX_PIXELS = 2**30  # of a picture; a header that promises more is taken for a damaged one
 FEATURES_AT_ONCE = 256  # prompts in one file of cached features
 UNREADABLE = (  # what PIL raises for damaged files
     OSError, ValueError, SyntaxError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError,
@@ -65,11 +66,17 @@ class Picture:
 
     def open(self) -> Image.Image:
         """The picture with its header read; raises one of `UNREADABLE`."""
-        if not self.member:
-            return Image.open(self.file)
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            return Image.open(io.BytesIO(file.read(self.length)))
+        Image.MAX_IMAGE_PIXELS = None  # PIL's limit, one for all threads, is for strangers' pictures: 10K ones are near it
+        if self.member:
+            with open(self.file, "rb") as file:
+                file.seek(self.offset)
+                image = Image.open(io.BytesIO(file.read(self.length)))
+        else:
+            image = Image.open(self.file)
+        if image.width * image.height > MAX_PIXELS:
+            image.close()
+            raise Image.DecompressionBombError(f"{self.name} has more than {MAX_PIXELS} pixels")
+        return image
 
     def load(self, height: int, width: int) -> Tensor:
         """(3, height, width) fp32 in [-1, 1]: resized to cover, the middle cut out."""
