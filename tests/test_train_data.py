@@ -121,12 +121,18 @@ def test_wrong_data(tmp_path):
     (tmp_path / "metadata.csv").write_text("image,seed\na.png,1\n")
     with pytest.raises(UserError, match="picture 1: wanted image"):
         list_pictures(DataConfig(path=str(tmp_path)))
-    (tmp_path / "metadata.csv").write_text("image,prompt,seed\na.png,x,often\n")
-    with pytest.raises(UserError, match="whole number"):
-        list_pictures(DataConfig(path=str(tmp_path)))
+    for seed in ("often", "inf", 2**64, -(2**63) - 1):
+        (tmp_path / "metadata.csv").write_text(f"image,prompt,seed\na.png,x,1\nb.png,x,{seed}\n")
+        with pytest.raises(UserError, match=r"metadata.csv, picture 2: seed must be a whole number of 64 bits, got "):
+            list_pictures(DataConfig(path=str(tmp_path)))
     (tmp_path / "metadata.csv").write_text("image,prompt,seed\n")
     with pytest.raises(UserError, match="names no pictures"):
         list_pictures(DataConfig(path=str(tmp_path)))
+    good = '{"file_name": "a.png", "text": "x", "seed": %s}\n'
+    for line in ("[1]", "3", "null", '"text"', "{", '{"file_name": 1, "text": "x"}', good % "Infinity", good % 2**64):
+        (tmp_path / "metadata.jsonl").write_text(good % 1 + "\n" + line)
+        with pytest.raises(UserError, match="metadata.jsonl, picture 2: "):
+            list_pictures(DataConfig(path=str(tmp_path), layout="imagefolder"))
 
 
 def test_shapes_of_a_token_count():

@@ -66,7 +66,7 @@ class Picture:
 
     def open(self) -> Image.Image:
         """The picture with its header read; raises one of `UNREADABLE`."""
-        Image.MAX_IMAGE_PIXELS = None  # PIL's limit, one for all threads, is for strangers' pictures: 10K ones are near it
+        Image.MAX_IMAGE_PIXELS = None  # global, so once and for all: it guards from strangers, and 10K is ordinary here
         if self.member:
             with open(self.file, "rb") as file:
                 file.seek(self.offset)
@@ -121,7 +121,7 @@ def _list(where: str, layout: str) -> list[Picture]:
         table = path / ("metadata.csv" if layout == "csv" else "metadata.jsonl") if path.is_dir() else path
         try:
             with open(table, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file) if layout == "csv" else map(json.loads, filter(str.strip, file)))
+                rows = list(csv.DictReader(file) if layout == "csv" else filter(str.strip, file))
         except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"can't read {table}: {error}") from error
         found = [_of_row(row, table, number) for number, row in enumerate(rows, 1)]
@@ -130,22 +130,36 @@ def _list(where: str, layout: str) -> list[Picture]:
     return found
 
 
-def _of_row(row: dict, table: Path, number: int) -> Picture:
+def _of_row(row: dict | str, table: Path, number: int) -> Picture:
+    """The picture of a row of metadata.csv or a line of metadata.jsonl."""
+    where = f"{table}, picture {number}"
+    try:
+        row = json.loads(row) if isinstance(row, str) else row
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: wanted an object with file_name and prompt, got {row!r}")
     file = row.get("image") or row.get("file_name")
-    prompt = next((row[key] for key in PROMPT_KEYS if isinstance(row.get(key), str)), None)
-    if not file or prompt is None:
+    prompt = _prompt(row)
+    if not file or not isinstance(file, str) or prompt is None:
         keys = ", ".join(str(key) for key in row)
-        raise UserError(f"{table}, picture {number}: wanted image (or file_name) and prompt, got {keys}")
-    return Picture(str(table.parent / file), prompt, _seed(row.get("seed"), f"{table}, picture {number}"))
+        raise UserError(f"{where}: wanted image (or file_name) and prompt, got {keys}")
+    return Picture(str(table.parent / file), prompt, _seed(row.get("seed"), where))
+
+
+def _prompt(about: dict) -> str | None:
+    return next((about[key] for key in PROMPT_KEYS if isinstance(about.get(key), str)), None)
 
 
 def _seed(value: object, where: str) -> int | None:
     if value in (None, ""):
         return None
     try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: seed must be a whole number, got {value!r}") from error
+        seed = int(value)
+        torch.Generator().manual_seed(seed)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: seed must be a whole number of 64 bits, got {value!r}") from error
+    return seed
 
 
 def _read_shard(shard: str) -> list[Picture]:
@@ -169,7 +183,7 @@ def _read_shard(shard: str) -> list[Picture]:
                     about = json.loads(tar.extractfile(parts[".json"]).read()) if ".json" in parts else {}
                     if ".txt" in parts:
                         about["prompt"] = tar.extractfile(parts[".txt"]).read().decode().strip()
-                    prompt = next((about[key] for key in PROMPT_KEYS if isinstance(about.get(key), str)), None)
+                    prompt = _prompt(about)
                     if picture is not None and prompt is not None:
                         seed = _seed(about.get("seed"), f"{shard}:{picture.name}")
                         found.append(Picture(shard, prompt, seed, picture.name, picture.offset_data, picture.size))
