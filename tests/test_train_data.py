@@ -210,6 +210,23 @@ def test_unreadable_pictures_are_named_and_skipped(tmp_path):
     assert len(s.bad) == 2
 
 
+def test_unreadable_pictures_are_remembered_by_name(tmp_path):
+    folder = write_csv(tmp_path / "d", 10)
+    for name in ("8.png", "9.png"):
+        (folder / name).unlink()
+    one = stream(folder, max_bad_share=0.2)
+    for _ in range(5):
+        one.next()
+    state = json.loads(json.dumps(one.state()))
+    rows = (folder / "metadata.csv").read_text().splitlines()
+    (folder / "metadata.csv").write_text("\n".join(row for row in rows if not row.startswith(("1.png", "9.png"))))
+    other = stream(folder, max_bad_share=0.2)
+    other.restore(state)
+    for _ in range(5):
+        other.next()
+    assert other.bad == {str(folder / "8.png")} and not other.new_bad()
+
+
 def test_dropped_captions(tmp_path):
     s = stream(write_csv(tmp_path / "d"), caption_dropout=0.5)
     prompts = [p for _ in range(60) for p in s.next()[0].prompts]

@@ -279,9 +279,9 @@ class Bucket:
 
 
 def make_buckets(
-    pictures: Sequence[Picture], config: DataConfig, step: int, bad: set[int], workers: int
+    pictures: Sequence[Picture], config: DataConfig, step: int, bad: set[str], workers: int
 ) -> list[Bucket]:
-    """Sort the pictures into the shapes of each grid by their aspect; unreadable ones go to ``bad``.
+    """Sort the pictures into the shapes of each grid by their aspect; the names of unreadable ones go to ``bad``.
 
     With squares only no picture is opened.
     """
@@ -298,7 +298,7 @@ def make_buckets(
 
         with ThreadPoolExecutor(workers) as pool:
             aspects = list(pool.map(aspect, pictures))
-    bad.update(i for i, a in enumerate(aspects) if a is None)
+    bad.update(picture.name for picture, a in zip(pictures, aspects, strict=True) if a is None)
     buckets = []
     for number, grid in enumerate(config.grids):
         shapes = shapes_of(grid.tokens, config.max_aspect, step)
@@ -339,7 +339,7 @@ class Stream:
         seed: of the run.
         rank, world: which of how many processes; each gets its part of every step's batch.
         accumulation: passes that a step's batch is cut into.
-        bad: places of unreadable pictures known so far.
+        bad: names of unreadable pictures known so far.
 
     Raises:
         UserError: a batch that can't be shared out; more unreadable pictures than allowed.
@@ -348,13 +348,13 @@ class Stream:
     def __init__(
         self, pictures: Sequence[Picture], buckets: Sequence[Bucket], config: DataConfig,
         objective: ObjectiveConfig, patch_size: int, seed: int,
-        rank: int = 0, world: int = 1, accumulation: int = 1, bad: Iterable[int] = (),
+        rank: int = 0, world: int = 1, accumulation: int = 1, bad: Iterable[str] = (),
     ):  # fmt: skip
         self.pictures, self.buckets, self.config, self.objective = pictures, list(buckets), config, objective
         self.patch_size, self.seed, self.rank, self.world, self.accumulation = (
             patch_size, seed, rank, world, accumulation
         )  # fmt: skip
-        self.bad = set(bad)
+        self.bad, self._names = set(bad), {picture.name for picture in pictures}
         for i, grid in enumerate(config.grids):
             if grid.batch % (world * accumulation):
                 raise UserError(
@@ -387,12 +387,14 @@ class Stream:
             raise UserError("the data has other buckets than the checkpoint's; resume with the data it was made with")
         self._ahead.clear()
         self.step, self.cursors = state["step"], list(state["cursors"])
-        self.bad |= set(state["bad"])
+        known = self._names & set(state["bad"])  # the data may have lost others since
+        self.bad |= known
+        self._told |= known
 
     def new_bad(self) -> list[str]:
         """Names of the pictures found unreadable since the last call."""
         new, self._told = self.bad - self._told, set(self.bad)
-        return [self.pictures[i].name for i in sorted(new)]
+        return sorted(new)
 
     @property
     def epoch(self) -> float:
@@ -440,7 +442,7 @@ class Stream:
             try:
                 pixels = picture.load(height, width)
             except UNREADABLE:
-                self.bad.add(candidate)
+                self.bad.add(picture.name)
                 self._check_bad()
                 continue
             rng = generator(self.seed, "picture", step, place)
@@ -467,10 +469,10 @@ class Stream:
         )  # fmt: skip
 
     def _check_bad(self) -> None:
-        if len(self.bad) > self.config.max_bad_share * len(self.pictures):
-            names = [self.pictures[i].name for i in sorted(self.bad)[:3]]
+        if len(self.bad) > self.config.max_bad_share * len(self._names):
+            names = ", ".join(sorted(self.bad)[:3])
             raise UserError(
-                f"{len(self.bad)} of {len(self.pictures)} pictures can't be read ({', '.join(names)}, ...), more than "
+                f"{len(self.bad)} of {len(self._names)} pictures can't be read ({names}, ...), more than "
                 f"data.max_bad_share = {self.config.max_bad_share:g} allows; mend them or raise it"
             )
 
