@@ -201,13 +201,26 @@ def test_unreadable_pictures_are_named_and_skipped(tmp_path):
     s = stream(folder, max_bad_share=0.2)
     prompts = [p for _ in range(5) for p in s.next()[0].prompts]
     assert len(prompts) == 10 and not {"p3", "p5"} & set(prompts)
-    assert [name.rsplit("/")[-1] for name in s.new_bad()] == ["3.png", "5.png"] and s.new_bad() == []
+    assert s.learn(s.new_bad()) == [str(folder / "3.png"), str(folder / "5.png")] and s.new_bad() == set()
     strict = stream(folder, max_bad_share=0.1)
     with pytest.raises(UserError, match="2 of 10 pictures can't be read .*3.png"):
         for _ in range(5):
             strict.next()
     s = stream(folder, max_bad_share=0.2, max_aspect=1.5)  # found when the buckets are made
-    assert len(s.bad) == 2
+    assert len(s.learn(s.new_bad())) == len(s.bad) == 2
+
+
+def test_processes_judge_unreadable_pictures_together(tmp_path):
+    folder = write_csv(tmp_path / "d", 10)
+    for name in ("1.png", "4.png", "7.png"):
+        (folder / name).unlink()
+    ranks = [stream(folder, world=2, rank=rank, max_bad_share=0.2) for rank in (0, 1)]
+    for rank in ranks:
+        for _ in range(10):
+            rank.next()  # none fails alone
+    for rank in ranks:
+        with pytest.raises(UserError, match="3 of 10 pictures can't be read"):
+            rank.learn(ranks[0].new_bad() | ranks[1].new_bad())
 
 
 def test_unreadable_pictures_are_remembered_by_name(tmp_path):
@@ -217,6 +230,7 @@ def test_unreadable_pictures_are_remembered_by_name(tmp_path):
     one = stream(folder, max_bad_share=0.2)
     for _ in range(5):
         one.next()
+    one.learn(one.new_bad())
     state = json.loads(json.dumps(one.state()))
     rows = (folder / "metadata.csv").read_text().splitlines()
     (folder / "metadata.csv").write_text("\n".join(row for row in rows if not row.startswith(("1.png", "9.png"))))

@@ -339,7 +339,10 @@ class Stream:
         seed: of the run.
         rank, world: which of how many processes; each gets its part of every step's batch.
         accumulation: passes that a step's batch is cut into.
-        bad: names of unreadable pictures known so far.
+        bad: names of unreadable pictures found so far, the same for each process.
+
+    Attributes:
+        bad: names of the unreadable pictures that all processes know of.
 
     Raises:
         UserError: a batch that can't be shared out; more unreadable pictures than allowed.
@@ -354,7 +357,7 @@ class Stream:
         self.patch_size, self.seed, self.rank, self.world, self.accumulation = (
             patch_size, seed, rank, world, accumulation
         )  # fmt: skip
-        self.bad, self._names = set(bad), {picture.name for picture in pictures}
+        self.bad, self._found, self._names = set(), set(bad), {picture.name for picture in pictures}
         for i, grid in enumerate(config.grids):
             if grid.batch % (world * accumulation):
                 raise UserError(
@@ -362,11 +365,10 @@ class Stream:
                     f"{accumulation} passes; make it a multiple of {world * accumulation}"
                 )
         self.step, self.cursors = 0, [0] * len(self.buckets)  # after the last batch given out
-        self._told = set(self.bad)
         self._pool = ThreadPoolExecutor(config.workers)
         self._ahead: deque[tuple[list[int], list[list[Future]]]] = deque()
         self._orders: dict[int, tuple[int, list[int]]] = {}
-        self._check_bad()
+        self._check(self._found)
 
     def next(self) -> list[Batch]:
         """This process's batches of the next step, one for each accumulated pass."""
@@ -387,14 +389,22 @@ class Stream:
             raise UserError("the data has other buckets than the checkpoint's; resume with the data it was made with")
         self._ahead.clear()
         self.step, self.cursors = state["step"], list(state["cursors"])
-        known = self._names & set(state["bad"])  # the data may have lost others since
-        self.bad |= known
-        self._told |= known
+        self.bad |= self._names & set(state["bad"])  # the data may have lost others since
 
-    def new_bad(self) -> list[str]:
-        """Names of the pictures found unreadable since the last call."""
-        new, self._told = self.bad - self._told, set(self.bad)
-        return sorted(new)
+    def new_bad(self) -> set[str]:
+        """Names of the unreadable pictures that this process found and others may not know of: see `learn`."""
+        return self._found - self.bad
+
+    def learn(self, names: set[str]) -> list[str]:
+        """Take over all processes' `new_bad`, the same ``names`` on each; returns those that are new, in order.
+
+        Raises:
+            UserError: on all processes, if these are more unreadable pictures than allowed.
+        """
+        new = sorted(names - self.bad)
+        self.bad.update(new)
+        self._check(self.bad)
+        return new
 
     @property
     def epoch(self) -> float:
@@ -442,8 +452,11 @@ class Stream:
             try:
                 pixels = picture.load(height, width)
             except UNREADABLE:
-                self.bad.add(picture.name)
-                self._check_bad()
+                self._found.add(picture.name)
+                if (
+                    self.world == 1
+                ):  # several judge together, in `learn`: an error of one would leave the others waiting
+                    self._check(self.bad | self._found)
                 continue
             rng = generator(self.seed, "picture", step, place)
             sigma = draw_sigma(self.objective, rng, grid)
@@ -468,11 +481,11 @@ class Stream:
             None if windows[0] is None else list(windows),
         )  # fmt: skip
 
-    def _check_bad(self) -> None:
-        if len(self.bad) > self.config.max_bad_share * len(self._names):
-            names = ", ".join(sorted(self.bad)[:3])
+    def _check(self, bad: set[str]) -> None:
+        if len(bad) > self.config.max_bad_share * len(self._names):
+            names = ", ".join(sorted(bad)[:3])
             raise UserError(
-                f"{len(self.bad)} of {len(self._names)} pictures can't be read ({names}, ...), more than "
+                f"{len(bad)} of {len(self._names)} pictures can't be read ({names}, ...), more than "
                 f"data.max_bad_share = {self.config.max_bad_share:g} allows; mend them or raise it"
             )
 
