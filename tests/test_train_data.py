@@ -58,16 +58,24 @@ def write_imagefolder(folder, count=6):
     return folder
 
 
+def write_shard(path, samples):
+    """``samples``: the content of each member, by name."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
 def write_shards(folder, count=6):
     folder.mkdir()
     for shard in range(2):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for i in range(shard * count // 2, (shard + 1) * count // 2):
-                about = {"json": json.dumps({"caption": f"p{i}", "seed": i})} if shard else {"txt": f"p{i}\n"}
-                for suffix, data in {"png": png(picture(i)), **{k: v.encode() for k, v in about.items()}}.items():
-                    member = tarfile.TarInfo(f"part/{i:03d}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        samples = {}
+        for i in range(shard * count // 2, (shard + 1) * count // 2):
+            samples[f"part/{i:03d}.png"] = png(picture(i))
+            about = ("json", json.dumps({"caption": f"p{i}", "seed": i})) if shard else ("txt", f"p{i}\n")
+            samples[f"part/{i:03d}.{about[0]}"] = about[1].encode()
+        write_shard(folder / f"{shard}.tar", samples)
     return folder
 
 
@@ -82,10 +90,38 @@ def test_layouts_hold_the_same(tmp_path, write):
         torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([i, 100, 200]) / 127.5 - 1)
 
 
-def test_a_truncated_shard_gives_what_lies_before(tmp_path):
+@pytest.mark.parametrize("length", [512 * 5, 512 * 5 + 100, 512 * 6, 512 * 6 + 10, 512 * 7])
+def test_a_shard_that_ends_early_is_named(tmp_path, length):
+    """The first sample of the second shard takes 4 blocks of 512 bytes; then come a header, a picture, a header."""
     shard = write_shards(tmp_path / "d") / "1.tar"
-    shard.write_bytes(shard.read_bytes()[: 512 * 7])
-    assert 3 < len(list_pictures(DataConfig(path=str(tmp_path / "d")))) < 6
+    shard.write_bytes(shard.read_bytes()[:length])
+    pictures = list_pictures(DataConfig(path=str(tmp_path / "d")))
+    assert [p.prompt for p in pictures if p.prompt is not None] == ["p0", "p1", "p2", "p3"]
+    lost = [p.name for p in pictures if p.prompt is None]
+    assert f"{shard}:(the shard ends early)" in lost and set(lost[:-1]) <= {
+        f"{shard}:part/004 (no prompt)", f"{shard}:part/004 (its prompt is damaged)",
+    }  # fmt: skip
+
+
+def test_samples_that_lack_something_are_named_and_skipped(tmp_path):
+    good = {"0.png": png(picture(0)), "0.txt": b"p0", "1.png": png(picture(1)), "1.json": b'{"text": "p1"}'}
+    write_shard(tmp_path / "a.tar", {
+        **good, "2.png": b"", "3.txt": b"p3", "4.png": b"", "4.json": b"{", "5.png": b"", "5.json": b"[5]",
+        "6.png": b"", "6.txt": b"\xff",
+    })  # fmt: skip
+    for aspect in (1.0, 2.0):
+        s = stream(tmp_path, max_bad_share=0.8, max_aspect=aspect)
+        assert {tuple(sorted(s.next()[0].prompts)) for _ in range(4)} == {("p0", "p1")}
+        assert [name.rpartition(":")[2] for name in s.learn(s.new_bad())] == [
+            "2 (no prompt)", "3 (no picture)", "4 (its prompt is damaged)", "5 (its prompt is damaged)",
+            "6 (its prompt is damaged)",
+        ]  # fmt: skip
+    assert Features(tmp_path / "f").missing(p.prompt for p in s.pictures) == ["p0", "p1"]
+    with pytest.raises(UserError, match="5 of 7 pictures can't be read .*a.tar:2 "):
+        stream(tmp_path)
+    write_shard(tmp_path / "a.tar", {"0.txt": b"p0"})
+    with pytest.raises(UserError, match="none of the pictures"):
+        stream(tmp_path, max_bad_share=1.0)
 
 
 def test_exif_turns_even_beside_a_damaged_tag(tmp_path):

@@ -6,7 +6,8 @@
 
 Shards are indexed once by their headers and then read at any place, so all layouts are lists of `Picture` and an epoch
 is a permutation. What a batch holds follows from the seed and from how many pictures of its bucket were drawn before:
-that position is the state. A picture that can't be read is counted, named and replaced by the next one in order.
+that position is the state. A picture that can't be read is counted, named and replaced by the next one in order; so is
+a sample that lacks its picture or its prompt.
 Left out: streaming shards from a network.
 """
 
@@ -50,10 +51,13 @@ UNREADABLE = (  # what PIL raises for damaged files
 
 @dataclass(frozen=True)
 class Picture:
-    """A training picture, not yet opened: a file, or ``length`` bytes from ``offset`` of a shard, of data `path`."""
+    """A training picture, not yet opened: a file, or ``length`` bytes from ``offset`` of a shard, of data `path`.
+
+    Without a ``prompt`` it is what a shard lacks, and its ``member`` says why: it counts as unreadable.
+    """
 
     file: str
-    prompt: str
+    prompt: str | None
     seed: int | None = None
     member: str = ""
     offset: int = 0
@@ -165,31 +169,42 @@ def _seed(value: object, where: str) -> int | None:
 def _read_shard(shard: str) -> list[Picture]:
     """The samples of a WebDataset shard: members of one name up to the first dot belong together.
 
-    A shard that ends early gives the samples before its end.
+    What can't be trained on is among them, without a prompt; one more stands for all that a shard lost that ends early.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    found = []
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             with contextlib.suppress(tarfile.ReadError):
                 for member in tar:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
+                    suffix = "".join(member.name.rpartition("/")[2].partition(".")[1:])
                     if member.isfile():
-                        samples.setdefault(f"{folder}/{stem}", {})["." + suffix.lower()] = member
-            for parts in samples.values():
-                picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
-                with contextlib.suppress(tarfile.ReadError):
-                    about = json.loads(tar.extractfile(parts[".json"]).read()) if ".json" in parts else {}
-                    if ".txt" in parts:
-                        about["prompt"] = tar.extractfile(parts[".txt"]).read().decode().strip()
-                    prompt = _prompt(about)
-                    if picture is not None and prompt is not None:
-                        seed = _seed(about.get("seed"), f"{shard}:{picture.name}")
-                        found.append(Picture(shard, prompt, seed, picture.name, picture.offset_data, picture.size))
-    except (OSError, tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                        samples.setdefault(member.name.removesuffix(suffix), {})[suffix.lower()] = member
+            found = [_of_sample(shard, tar, name, parts) for name, parts in samples.items()]
+            file.seek(tar.offset)  # where the next member would be: zeros end an archive
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                found.append(Picture(shard, None, member="(the shard ends early)"))
+    except (OSError, tarfile.TarError) as error:
         raise UserError(f"can't read the shard {shard}: {error}") from error
     return found
+
+
+def _of_sample(shard: str, tar: tarfile.TarFile, name: str, parts: dict[str, tarfile.TarInfo]) -> Picture:
+    """The picture of the members ``parts`` (by suffix) of a shard; without a prompt if one of them lacks."""
+    picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
+    why = "no picture" if picture is None else "no prompt"
+    try:
+        about = json.loads(tar.extractfile(parts[".json"]).read()) if ".json" in parts else {}
+        if not isinstance(about, dict):
+            raise ValueError("no object")
+        if ".txt" in parts:
+            about["prompt"] = tar.extractfile(parts[".txt"]).read().decode().strip()
+        prompt = _prompt(about)
+    except (ValueError, tarfile.ReadError):
+        prompt, why = None, "its prompt is damaged"
+    if picture is None or prompt is None:
+        return Picture(shard, None, member=f"{name} ({why})")
+    seed = _seed(about.get("seed"), f"{shard}:{picture.name}")
+    return Picture(shard, prompt, seed, picture.name, picture.offset_data, picture.size)
 
 
 # --- Text features ---------------------------------------------------------------------------------------------------
@@ -216,8 +231,8 @@ class Features:
                 raise UserError(f"{path} is damaged ({error}); remove it, and it is made again") from error
             self._file_of.update(dict.fromkeys(self._open[path].keys(), path))
 
-    def missing(self, prompts: Iterable[str]) -> list[str]:
-        return [prompt for prompt in dict.fromkeys(prompts) if self.key(prompt) not in self._file_of]
+    def missing(self, prompts: Iterable[str | None]) -> list[str]:
+        return [p for p in dict.fromkeys(prompts) if p is not None and self.key(p) not in self._file_of]
 
     def add(self, prompts: Sequence[str], features: Sequence[Tensor]) -> None:
         """Write the features of ``prompts`` as one more file."""
@@ -284,11 +299,16 @@ def make_buckets(
     """Sort the pictures into the shapes of each grid by their aspect; the names of unreadable ones go to ``bad``.
 
     With squares only no picture is opened.
+
+    Raises:
+        UserError: a grid without a picture.
     """
-    aspects: list[float | None] = [1.0] * len(pictures)
+    aspects: list[float | None] = [None if picture.prompt is None else 1.0 for picture in pictures]
     if config.max_aspect > 1:
 
         def aspect(picture: Picture) -> float | None:
+            if picture.prompt is None:
+                return None
             try:
                 with picture.open() as image:
                     turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF: lies on its side
@@ -306,6 +326,8 @@ def make_buckets(
         for i, a in enumerate(aspects):
             if a is not None and pictures[i].path == (grid.path or config.path):
                 members[min(shapes, key=lambda s, a=a: abs(math.log(s[0] / s[1]) - math.log(a)))].append(i)
+        if not any(members.values()):
+            raise UserError(f"none of the pictures of {grid.path or config.path} can be read; check data.path")
         buckets += [Bucket(number, shape, places) for shape, places in members.items() if places]
     return buckets
 
