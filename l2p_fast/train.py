@@ -96,9 +96,10 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
 
             squared, left_alone = optimizer.finish() if config.optim.fused else (optimizer.squared_norm(), 0)
             took, mark = time.monotonic() - mark, time.monotonic()
-            told = workers.sum([*of_sigma.flatten(), squared / copies, left_alone, stop.asked, len(stream.bad), took])
+            new_bad = stream.new_bad()
+            told = workers.sum([*of_sigma.flatten(), squared / copies, left_alone, stop.asked, len(new_bad), took])
             of_sigma = torch.tensor(told[: 2 * SIGMA_BUCKETS]).view(2, -1)
-            squared, left_alone, asked, bad, took = told[2 * SIGMA_BUCKETS :]
+            squared, left_alone, asked, found, took = told[2 * SIGMA_BUCKETS :]
             loss, norm = (of_sigma[0].sum() / of_sigma[1].sum()).item(), math.sqrt(max(squared, 0.0))
             finite = math.isfinite(loss) and math.isfinite(squared) and not left_alone
             if not config.optim.fused:
@@ -115,12 +116,13 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
                 )
             if finite:
                 average.update(optimizer.steps)
+            new_bad = stream.learn(workers.union(new_bad)) if found else []
             done += 1
             stop.agreed = asked > 0
             seconds += took / workers.world  # the same everywhere: the schedule may depend on it
             monitor.step(
                 done, loss=loss, of_sigma=of_sigma, norm=norm, lr=optimizer.lr, epoch=stream.epoch,
-                seconds=took / workers.world, skipped=skipped, bad=int(bad), bad_names=stream.new_bad(),
+                seconds=took / workers.world, skipped=skipped, bad=len(stream.bad), bad_names=new_bad,
             )  # fmt: skip
             if done % config.save_every == 0:
                 save()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +18,16 @@ pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[
 
 from l2p_fast.errors import UserError
 from l2p_fast.training.config import DataConfig, GridConfig, ObjectiveConfig
-from l2p_fast.training.data import Features, Stream, list_pictures, make_buckets, make_features, shapes_of
+from l2p_fast.training.data import (
+    UNREADABLE,
+    Features,
+    Picture,
+    Stream,
+    list_pictures,
+    make_buckets,
+    make_features,
+    shapes_of,
+)
 
 
 def picture(number: int, width: int = 32, height: int = 32) -> Image.Image:
@@ -47,16 +58,24 @@ def write_imagefolder(folder, count=6):
     return folder
 
 
+def write_shard(path, samples):
+    """``samples``: the content of each member, by name."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in samples.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
 def write_shards(folder, count=6):
     folder.mkdir()
     for shard in range(2):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for i in range(shard * count // 2, (shard + 1) * count // 2):
-                about = {"json": json.dumps({"caption": f"p{i}", "seed": i})} if shard else {"txt": f"p{i}\n"}
-                for suffix, data in {"png": png(picture(i)), **{k: v.encode() for k, v in about.items()}}.items():
-                    member = tarfile.TarInfo(f"part/{i:03d}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        samples = {}
+        for i in range(shard * count // 2, (shard + 1) * count // 2):
+            samples[f"part/{i:03d}.png"] = png(picture(i))
+            about = ("json", json.dumps({"caption": f"p{i}", "seed": i})) if shard else ("txt", f"p{i}\n")
+            samples[f"part/{i:03d}.{about[0]}"] = about[1].encode()
+        write_shard(folder / f"{shard}.tar", samples)
     return folder
 
 
@@ -71,10 +90,63 @@ def test_layouts_hold_the_same(tmp_path, write):
         torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([i, 100, 200]) / 127.5 - 1)
 
 
-def test_a_truncated_shard_gives_what_lies_before(tmp_path):
+@pytest.mark.parametrize("length", [512 * 5, 512 * 5 + 100, 512 * 6, 512 * 6 + 10, 512 * 7])
+def test_a_shard_that_ends_early_is_named(tmp_path, length):
+    """The first sample of the second shard takes 4 blocks of 512 bytes; then come a header, a picture, a header."""
     shard = write_shards(tmp_path / "d") / "1.tar"
-    shard.write_bytes(shard.read_bytes()[: 512 * 7])
-    assert 3 < len(list_pictures(DataConfig(path=str(tmp_path / "d")))) < 6
+    shard.write_bytes(shard.read_bytes()[:length])
+    pictures = list_pictures(DataConfig(path=str(tmp_path / "d")))
+    assert [p.prompt for p in pictures if p.prompt is not None] == ["p0", "p1", "p2", "p3"]
+    lost = [p.name for p in pictures if p.prompt is None]
+    assert f"{shard}:(the shard ends early)" in lost and set(lost[:-1]) <= {
+        f"{shard}:part/004 (no prompt)", f"{shard}:part/004 (its prompt is damaged)",
+    }  # fmt: skip
+
+
+def test_samples_that_lack_something_are_named_and_skipped(tmp_path):
+    good = {"0.png": png(picture(0)), "0.txt": b"p0", "1.png": png(picture(1)), "1.json": b'{"text": "p1"}'}
+    write_shard(tmp_path / "a.tar", {
+        **good, "2.png": b"", "3.txt": b"p3", "4.png": b"", "4.json": b"{", "5.png": b"", "5.json": b"[5]",
+        "6.png": b"", "6.txt": b"\xff",
+    })  # fmt: skip
+    for aspect in (1.0, 2.0):
+        s = stream(tmp_path, max_bad_share=0.8, max_aspect=aspect)
+        assert {tuple(sorted(s.next()[0].prompts)) for _ in range(4)} == {("p0", "p1")}
+        assert [name.rpartition(":")[2] for name in s.learn(s.new_bad())] == [
+            "2 (no prompt)", "3 (no picture)", "4 (its prompt is damaged)", "5 (its prompt is damaged)",
+            "6 (its prompt is damaged)",
+        ]  # fmt: skip
+    assert Features(tmp_path / "f").missing(p.prompt for p in s.pictures) == ["p0", "p1"]
+    with pytest.raises(UserError, match="5 of 7 pictures can't be read .*a.tar:2 "):
+        stream(tmp_path)
+    write_shard(tmp_path / "a.tar", {"0.txt": b"p0"})
+    with pytest.raises(UserError, match="none of the pictures"):
+        stream(tmp_path, max_bad_share=1.0)
+
+
+def test_exif_turns_even_beside_a_damaged_tag(tmp_path):
+    """PIL reads such a tag, but fails to write it (struct.error)."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110] = 6, "camera"  # a quarter turn; the model, whose tag becomes one of numbers
+    image = Image.fromarray(np.repeat(np.uint8([[[0] * 3], [[200] * 3]]), 16, axis=0).repeat(32, axis=1))
+    image.save(tmp_path / "a.jpg", exif=exif.tobytes().replace(b"\x01\x10", b"\x01\x00"))
+    pixels = Picture(str(tmp_path / "a.jpg"), "").load(32, 32)
+    assert pixels[..., 0].mean() > 0.5 and pixels[..., -1].mean() < -0.9  # the lower half is the left one now
+
+
+@pytest.mark.parametrize(("side", "readable"), [(32768, True), (32769, False)])
+def test_large_pictures_are_no_bombs(tmp_path, monkeypatch, recwarn, side, readable):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    header = bytearray(png(picture(0))[:33])  # signature and IHDR alone: sides at 16, check sum at 29
+    header[16:24] = struct.pack(">II", side, side)
+    header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
+    (tmp_path / "a.png").write_bytes(header + png(picture(0))[33:])
+    if readable:
+        assert Picture(str(tmp_path / "a.png"), "").open().size == (side, side)
+    else:
+        with pytest.raises(UNREADABLE):
+            Picture(str(tmp_path / "a.png"), "").open()
+    assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
 
 
 def test_wrong_data(tmp_path):
@@ -85,12 +157,18 @@ def test_wrong_data(tmp_path):
     (tmp_path / "metadata.csv").write_text("image,seed\na.png,1\n")
     with pytest.raises(UserError, match="picture 1: wanted image"):
         list_pictures(DataConfig(path=str(tmp_path)))
-    (tmp_path / "metadata.csv").write_text("image,prompt,seed\na.png,x,often\n")
-    with pytest.raises(UserError, match="whole number"):
-        list_pictures(DataConfig(path=str(tmp_path)))
+    for seed in ("often", "inf", 2**64, -(2**63) - 1):
+        (tmp_path / "metadata.csv").write_text(f"image,prompt,seed\na.png,x,1\nb.png,x,{seed}\n")
+        with pytest.raises(UserError, match=r"metadata.csv, picture 2: seed must be a whole number of 64 bits, got "):
+            list_pictures(DataConfig(path=str(tmp_path)))
     (tmp_path / "metadata.csv").write_text("image,prompt,seed\n")
     with pytest.raises(UserError, match="names no pictures"):
         list_pictures(DataConfig(path=str(tmp_path)))
+    good = '{"file_name": "a.png", "text": "x", "seed": %s}\n'
+    for line in ("[1]", "3", "null", '"text"', "{", '{"file_name": 1, "text": "x"}', good % "Infinity", good % 2**64):
+        (tmp_path / "metadata.jsonl").write_text(good % 1 + "\n" + line)
+        with pytest.raises(UserError, match="metadata.jsonl, picture 2: "):
+            list_pictures(DataConfig(path=str(tmp_path), layout="imagefolder"))
 
 
 def test_shapes_of_a_token_count():
@@ -159,13 +237,44 @@ def test_unreadable_pictures_are_named_and_skipped(tmp_path):
     s = stream(folder, max_bad_share=0.2)
     prompts = [p for _ in range(5) for p in s.next()[0].prompts]
     assert len(prompts) == 10 and not {"p3", "p5"} & set(prompts)
-    assert [name.rsplit("/")[-1] for name in s.new_bad()] == ["3.png", "5.png"] and s.new_bad() == []
+    assert s.learn(s.new_bad()) == [str(folder / "3.png"), str(folder / "5.png")] and s.new_bad() == set()
     strict = stream(folder, max_bad_share=0.1)
     with pytest.raises(UserError, match="2 of 10 pictures can't be read .*3.png"):
         for _ in range(5):
             strict.next()
     s = stream(folder, max_bad_share=0.2, max_aspect=1.5)  # found when the buckets are made
-    assert len(s.bad) == 2
+    assert len(s.learn(s.new_bad())) == len(s.bad) == 2
+
+
+def test_processes_judge_unreadable_pictures_together(tmp_path):
+    folder = write_csv(tmp_path / "d", 10)
+    for name in ("1.png", "4.png", "7.png"):
+        (folder / name).unlink()
+    ranks = [stream(folder, world=2, rank=rank, max_bad_share=0.2) for rank in (0, 1)]
+    for rank in ranks:
+        for _ in range(10):
+            rank.next()  # none fails alone
+    for rank in ranks:
+        with pytest.raises(UserError, match="3 of 10 pictures can't be read"):
+            rank.learn(ranks[0].new_bad() | ranks[1].new_bad())
+
+
+def test_unreadable_pictures_are_remembered_by_name(tmp_path):
+    folder = write_csv(tmp_path / "d", 10)
+    for name in ("8.png", "9.png"):
+        (folder / name).unlink()
+    one = stream(folder, max_bad_share=0.2)
+    for _ in range(5):
+        one.next()
+    one.learn(one.new_bad())
+    state = json.loads(json.dumps(one.state()))
+    rows = (folder / "metadata.csv").read_text().splitlines()
+    (folder / "metadata.csv").write_text("\n".join(row for row in rows if not row.startswith(("1.png", "9.png"))))
+    other = stream(folder, max_bad_share=0.2)
+    other.restore(state)
+    for _ in range(5):
+        other.next()
+    assert other.bad == {str(folder / "8.png")} and not other.new_bad()
 
 
 def test_dropped_captions(tmp_path):

@@ -19,6 +19,7 @@ from l2p_fast.checkpoint import Checkpoint
 from l2p_fast.train import main
 from l2p_fast.training import checkpoint as checkpoints
 from l2p_fast.training.config import OptimConfig
+from l2p_fast.training.monitor import read_log
 from l2p_fast.training.optim import AdamW
 from l2p_fast.training.parallel import local
 
@@ -96,6 +97,20 @@ def test_fused_updates_and_shared_quantized_blocks(tmp_path, weights, bits):
     run_ranks(2, [config, *settings, f"run={tmp_path / 'two'}"], tmp_path / "log")
     close(tmp_path / "one", tmp_path / "two", 0.02)
     assert (tmp_path / "two/samples/step-00000003.png").exists()
+
+
+@pytest.mark.parametrize(("missing", "code"), [(2, 0), (3, 2)])
+def test_unreadable_pictures_count_once(tmp_path, missing, code):
+    config = make_world(tmp_path)
+    for number in range(missing):
+        (tmp_path / "data" / f"{number}.png").unlink()
+    run_ranks(2, [config, "data.max_bad_share=0.2", "steps=10", f"run={tmp_path / 'run'}"], tmp_path / "log", code)
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
+    if code:
+        assert all("error: 3 of 10 pictures can't be read" in text for text in said)
+    else:
+        assert [text.count(f"{number}.png") for text in said for number in range(missing)] == [1, 1, 0, 0]
+        assert read_log(tmp_path / "run")[-1]["bad_images"] == missing
 
 
 def test_fp32_weights_with_bf16_products(tmp_path):

@@ -94,8 +94,8 @@ def start(argv: list[str], log: Path, **environment: str) -> multiprocessing.Pro
     return process
 
 
-def run_ranks(world: int, argv: list[str], log: Path) -> None:
-    """``argv`` on ``world`` processes, as torchrun would start them; all must end well."""
+def run_ranks(world: int, argv: list[str], log: Path, code: int = 0) -> None:
+    """``argv`` on ``world`` processes, as torchrun would start them; all must end with ``code``."""
     port = str(free_port())
     ranks = [
         start([*argv, "--fsdp"], log.with_suffix(f".{rank}"), RANK=str(rank), LOCAL_RANK=str(rank),
@@ -105,7 +105,7 @@ def run_ranks(world: int, argv: list[str], log: Path) -> None:
     for rank, process in enumerate(ranks):
         process.join(600)
         said = log.with_suffix(f".{rank}").read_text()
-        assert process.exitcode == 0, said
+        assert process.exitcode == code, said
 
 
 def world_in(folder: Path):

@@ -6,7 +6,8 @@
 
 Shards are indexed once by their headers and then read at any place, so all layouts are lists of `Picture` and an epoch
 is a permutation. What a batch holds follows from the seed and from how many pictures of its bucket were drawn before:
-that position is the state. A picture that can't be read is counted, named and replaced by the next one in order.
+that position is the state. A picture that can't be read is counted, named and replaced by the next one in order; so is
+a sample that lacks its picture or its prompt.
 Left out: streaming shards from a network.
 """
 
@@ -19,7 +20,9 @@ import hashlib
 import io
 import json
 import math
+import struct
 import tarfile
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,16 +41,23 @@ from .objective import coarse_noise, draw_noise, draw_sigma, generator
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPT_KEYS = ("prompt", "text", "caption")
+MAX_PIXELS = 2**30  # of a picture; a header that promises more is taken for a damaged one
 FEATURES_AT_ONCE = 256  # prompts in one file of cached features
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for damaged files
+UNREADABLE = (  # what PIL raises for damaged files
+    OSError, ValueError, SyntaxError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A training picture, not yet opened: a file, or ``length`` bytes from ``offset`` of a shard, of data `path`."""
+    """A training picture, not yet opened: a file, or ``length`` bytes from ``offset`` of a shard, of data `path`.
+
+    Without a ``prompt`` it is what a shard lacks, and its ``member`` says why: it counts as unreadable.
+    """
 
     file: str
-    prompt: str
+    prompt: str | None
     seed: int | None = None
     member: str = ""
     offset: int = 0
@@ -60,15 +70,24 @@ class Picture:
 
     def open(self) -> Image.Image:
         """The picture with its header read; raises one of `UNREADABLE`."""
-        if not self.member:
-            return Image.open(self.file)
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            return Image.open(io.BytesIO(file.read(self.length)))
+        Image.MAX_IMAGE_PIXELS = None  # global, so once and for all: it guards from strangers, and 10K is ordinary here
+        if self.member:
+            with open(self.file, "rb") as file:
+                file.seek(self.offset)
+                image = Image.open(io.BytesIO(file.read(self.length)))
+        else:
+            image = Image.open(self.file)
+        if image.width * image.height > MAX_PIXELS:
+            image.close()
+            raise Image.DecompressionBombError(f"{self.name} has more than {MAX_PIXELS} pixels")
+        return image
 
     def load(self, height: int, width: int) -> Tensor:
         """(3, height, width) fp32 in [-1, 1]: resized to cover, the middle cut out."""
         with self.open() as image:
+            image.load()
+            image.getexif()  # the image keeps it; of its bytes PIL would write a turned copy, and fail at any odd tag
+            image.info.pop("exif", None)
             image = ImageOps.exif_transpose(image).convert("RGB")
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -106,7 +125,7 @@ def _list(where: str, layout: str) -> list[Picture]:
         table = path / ("metadata.csv" if layout == "csv" else "metadata.jsonl") if path.is_dir() else path
         try:
             with open(table, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file) if layout == "csv" else map(json.loads, filter(str.strip, file)))
+                rows = list(csv.DictReader(file) if layout == "csv" else filter(str.strip, file))
         except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"can't read {table}: {error}") from error
         found = [_of_row(row, table, number) for number, row in enumerate(rows, 1)]
@@ -115,52 +134,77 @@ def _list(where: str, layout: str) -> list[Picture]:
     return found
 
 
-def _of_row(row: dict, table: Path, number: int) -> Picture:
+def _of_row(row: dict | str, table: Path, number: int) -> Picture:
+    """The picture of a row of metadata.csv or a line of metadata.jsonl."""
+    where = f"{table}, picture {number}"
+    try:
+        row = json.loads(row) if isinstance(row, str) else row
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: wanted an object with file_name and prompt, got {row!r}")
     file = row.get("image") or row.get("file_name")
-    prompt = next((row[key] for key in PROMPT_KEYS if isinstance(row.get(key), str)), None)
-    if not file or prompt is None:
+    prompt = _prompt(row)
+    if not file or not isinstance(file, str) or prompt is None:
         keys = ", ".join(str(key) for key in row)
-        raise UserError(f"{table}, picture {number}: wanted image (or file_name) and prompt, got {keys}")
-    return Picture(str(table.parent / file), prompt, _seed(row.get("seed"), f"{table}, picture {number}"))
+        raise UserError(f"{where}: wanted image (or file_name) and prompt, got {keys}")
+    return Picture(str(table.parent / file), prompt, _seed(row.get("seed"), where))
+
+
+def _prompt(about: dict) -> str | None:
+    return next((about[key] for key in PROMPT_KEYS if isinstance(about.get(key), str)), None)
 
 
 def _seed(value: object, where: str) -> int | None:
     if value in (None, ""):
         return None
     try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: seed must be a whole number, got {value!r}") from error
+        seed = int(value)
+        torch.Generator().manual_seed(seed)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: seed must be a whole number of 64 bits, got {value!r}") from error
+    return seed
 
 
 def _read_shard(shard: str) -> list[Picture]:
     """The samples of a WebDataset shard: members of one name up to the first dot belong together.
 
-    A shard that ends early gives the samples before its end.
+    What can't be trained on is among them, without a prompt; one more stands for all that a shard lost that ends early.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    found = []
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             with contextlib.suppress(tarfile.ReadError):
                 for member in tar:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
+                    suffix = "".join(member.name.rpartition("/")[2].partition(".")[1:])
                     if member.isfile():
-                        samples.setdefault(f"{folder}/{stem}", {})["." + suffix.lower()] = member
-            for parts in samples.values():
-                picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
-                with contextlib.suppress(tarfile.ReadError):
-                    about = json.loads(tar.extractfile(parts[".json"]).read()) if ".json" in parts else {}
-                    if ".txt" in parts:
-                        about["prompt"] = tar.extractfile(parts[".txt"]).read().decode().strip()
-                    prompt = next((about[key] for key in PROMPT_KEYS if isinstance(about.get(key), str)), None)
-                    if picture is not None and prompt is not None:
-                        seed = _seed(about.get("seed"), f"{shard}:{picture.name}")
-                        found.append(Picture(shard, prompt, seed, picture.name, picture.offset_data, picture.size))
-    except (OSError, tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                        samples.setdefault(member.name.removesuffix(suffix), {})[suffix.lower()] = member
+            found = [_of_sample(shard, tar, name, parts) for name, parts in samples.items()]
+            file.seek(tar.offset)  # where the next member would be: zeros end an archive
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                found.append(Picture(shard, None, member="(the shard ends early)"))
+    except (OSError, tarfile.TarError) as error:
         raise UserError(f"can't read the shard {shard}: {error}") from error
     return found
+
+
+def _of_sample(shard: str, tar: tarfile.TarFile, name: str, parts: dict[str, tarfile.TarInfo]) -> Picture:
+    """The picture of the members ``parts`` (by suffix) of a shard; without a prompt if one of them lacks."""
+    picture = next((parts[suffix] for suffix in PICTURES if suffix in parts), None)
+    why = "no picture" if picture is None else "no prompt"
+    try:
+        about = json.loads(tar.extractfile(parts[".json"]).read()) if ".json" in parts else {}
+        if not isinstance(about, dict):
+            raise ValueError("no object")
+        if ".txt" in parts:
+            about["prompt"] = tar.extractfile(parts[".txt"]).read().decode().strip()
+        prompt = _prompt(about)
+    except (ValueError, tarfile.ReadError):
+        prompt, why = None, "its prompt is damaged"
+    if picture is None or prompt is None:
+        return Picture(shard, None, member=f"{name} ({why})")
+    seed = _seed(about.get("seed"), f"{shard}:{picture.name}")
+    return Picture(shard, prompt, seed, picture.name, picture.offset_data, picture.size)
 
 
 # --- Text features ---------------------------------------------------------------------------------------------------
@@ -187,8 +231,8 @@ class Features:
                 raise UserError(f"{path} is damaged ({error}); remove it, and it is made again") from error
             self._file_of.update(dict.fromkeys(self._open[path].keys(), path))
 
-    def missing(self, prompts: Iterable[str]) -> list[str]:
-        return [prompt for prompt in dict.fromkeys(prompts) if self.key(prompt) not in self._file_of]
+    def missing(self, prompts: Iterable[str | None]) -> list[str]:
+        return [p for p in dict.fromkeys(prompts) if p is not None and self.key(p) not in self._file_of]
 
     def add(self, prompts: Sequence[str], features: Sequence[Tensor]) -> None:
         """Write the features of ``prompts`` as one more file."""
@@ -250,26 +294,31 @@ class Bucket:
 
 
 def make_buckets(
-    pictures: Sequence[Picture], config: DataConfig, step: int, bad: set[int], workers: int
+    pictures: Sequence[Picture], config: DataConfig, step: int, bad: set[str], workers: int
 ) -> list[Bucket]:
-    """Sort the pictures into the shapes of each grid by their aspect; unreadable ones go to ``bad``.
+    """Sort the pictures into the shapes of each grid by their aspect; the names of unreadable ones go to ``bad``.
 
     With squares only no picture is opened.
+
+    Raises:
+        UserError: a grid without a picture.
     """
-    aspects: list[float | None] = [1.0] * len(pictures)
+    aspects: list[float | None] = [None if picture.prompt is None else 1.0 for picture in pictures]
     if config.max_aspect > 1:
 
         def aspect(picture: Picture) -> float | None:
+            if picture.prompt is None:
+                return None
             try:
                 with picture.open() as image:
-                    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF: lies on its side
+                    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF: lies on its side
                     return image.width / image.height if turned else image.height / image.width
             except UNREADABLE:
                 return None
 
         with ThreadPoolExecutor(workers) as pool:
             aspects = list(pool.map(aspect, pictures))
-    bad.update(i for i, a in enumerate(aspects) if a is None)
+    bad.update(picture.name for picture, a in zip(pictures, aspects, strict=True) if a is None)
     buckets = []
     for number, grid in enumerate(config.grids):
         shapes = shapes_of(grid.tokens, config.max_aspect, step)
@@ -277,6 +326,8 @@ def make_buckets(
         for i, a in enumerate(aspects):
             if a is not None and pictures[i].path == (grid.path or config.path):
                 members[min(shapes, key=lambda s, a=a: abs(math.log(s[0] / s[1]) - math.log(a)))].append(i)
+        if not any(members.values()):
+            raise UserError(f"none of the pictures of {grid.path or config.path} can be read; check data.path")
         buckets += [Bucket(number, shape, places) for shape, places in members.items() if places]
     return buckets
 
@@ -310,7 +361,10 @@ class Stream:
         seed: of the run.
         rank, world: which of how many processes; each gets its part of every step's batch.
         accumulation: passes that a step's batch is cut into.
-        bad: places of unreadable pictures known so far.
+        bad: names of unreadable pictures found so far, the same for each process.
+
+    Attributes:
+        bad: names of the unreadable pictures that all processes know of.
 
     Raises:
         UserError: a batch that can't be shared out; more unreadable pictures than allowed.
@@ -319,13 +373,13 @@ class Stream:
     def __init__(
         self, pictures: Sequence[Picture], buckets: Sequence[Bucket], config: DataConfig,
         objective: ObjectiveConfig, patch_size: int, seed: int,
-        rank: int = 0, world: int = 1, accumulation: int = 1, bad: Iterable[int] = (),
+        rank: int = 0, world: int = 1, accumulation: int = 1, bad: Iterable[str] = (),
     ):  # fmt: skip
         self.pictures, self.buckets, self.config, self.objective = pictures, list(buckets), config, objective
         self.patch_size, self.seed, self.rank, self.world, self.accumulation = (
             patch_size, seed, rank, world, accumulation
         )  # fmt: skip
-        self.bad = set(bad)
+        self.bad, self._found, self._names = set(), set(bad), {picture.name for picture in pictures}
         for i, grid in enumerate(config.grids):
             if grid.batch % (world * accumulation):
                 raise UserError(
@@ -333,11 +387,10 @@ class Stream:
                     f"{accumulation} passes; make it a multiple of {world * accumulation}"
                 )
         self.step, self.cursors = 0, [0] * len(self.buckets)  # after the last batch given out
-        self._told = set(self.bad)
         self._pool = ThreadPoolExecutor(config.workers)
         self._ahead: deque[tuple[list[int], list[list[Future]]]] = deque()
         self._orders: dict[int, tuple[int, list[int]]] = {}
-        self._check_bad()
+        self._check(self._found)
 
     def next(self) -> list[Batch]:
         """This process's batches of the next step, one for each accumulated pass."""
@@ -358,12 +411,22 @@ class Stream:
             raise UserError("the data has other buckets than the checkpoint's; resume with the data it was made with")
         self._ahead.clear()
         self.step, self.cursors = state["step"], list(state["cursors"])
-        self.bad |= set(state["bad"])
+        self.bad |= self._names & set(state["bad"])  # the data may have lost others since
 
-    def new_bad(self) -> list[str]:
-        """Names of the pictures found unreadable since the last call."""
-        new, self._told = self.bad - self._told, set(self.bad)
-        return [self.pictures[i].name for i in sorted(new)]
+    def new_bad(self) -> set[str]:
+        """Names of the unreadable pictures that this process found and others may not know of: see `learn`."""
+        return self._found - self.bad
+
+    def learn(self, names: set[str]) -> list[str]:
+        """Take over all processes' `new_bad`, the same ``names`` on each; returns those that are new, in order.
+
+        Raises:
+            UserError: on all processes, if these are more unreadable pictures than allowed.
+        """
+        new = sorted(names - self.bad)
+        self.bad.update(new)
+        self._check(self.bad)
+        return new
 
     @property
     def epoch(self) -> float:
@@ -411,8 +474,9 @@ class Stream:
             try:
                 pixels = picture.load(height, width)
             except UNREADABLE:
-                self.bad.add(candidate)
-                self._check_bad()
+                self._found.add(picture.name)
+                if self.world == 1:  # several processes judge in `learn`: an error of one would leave others waiting
+                    self._check(self.bad | self._found)
                 continue
             rng = generator(self.seed, "picture", step, place)
             sigma = draw_sigma(self.objective, rng, grid)
@@ -437,11 +501,11 @@ class Stream:
             None if windows[0] is None else list(windows),
         )  # fmt: skip
 
-    def _check_bad(self) -> None:
-        if len(self.bad) > self.config.max_bad_share * len(self.pictures):
-            names = [self.pictures[i].name for i in sorted(self.bad)[:3]]
+    def _check(self, bad: set[str]) -> None:
+        if len(bad) > self.config.max_bad_share * len(self._names):
+            names = ", ".join(sorted(bad)[:3])
             raise UserError(
-                f"{len(self.bad)} of {len(self.pictures)} pictures can't be read ({', '.join(names)}, ...), more than "
+                f"{len(bad)} of {len(self._names)} pictures can't be read ({names}, ...), more than "
                 f"data.max_bad_share = {self.config.max_bad_share:g} allows; mend them or raise it"
             )
 

@@ -106,10 +106,10 @@ class Monitor:
         skipped: int, bad: int, bad_names: list[str],
     ) -> None:  # fmt: skip
         """Tell of a step. ``of_sigma`` (2, buckets): sums of losses by noise level, and how many."""
-        if bad_names:  # every process names its own
-            tqdm.write(f"step {step}: can't read {', '.join(bad_names)}; skipped", file=sys.stderr)
         if not self.first:
             return
+        if bad_names:
+            tqdm.write(f"step {step}: can't read {', '.join(bad_names)}; skipped", file=sys.stderr)
         images = int(of_sigma[1].sum())
         by_sigma = {
             f"{i / SIGMA_BUCKETS:g}-{(i + 1) / SIGMA_BUCKETS:g}": (of_sigma[0, i] / of_sigma[1, i]).item()

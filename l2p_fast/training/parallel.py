@@ -46,6 +46,14 @@ class Workers:
             dist.all_reduce(values)
         return values.tolist()
 
+    def union(self, names: set[str]) -> set[str]:
+        """All processes' ``names`` together (pickled: among ourselves only)."""
+        if self.world == 1:
+            return names
+        boxes = [None] * self.world
+        dist.all_gather_object(boxes, names)
+        return set().union(*boxes)
+
     def share(self, value):
         """The first process's ``value`` on all of them (pickled: among ourselves only)."""
         if self.world == 1:
