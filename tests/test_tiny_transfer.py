@@ -110,8 +110,7 @@ def test_pictures_by_another_model_are_compared_on_equal_prompts(folder, monkeyp
     for run in ablate.plan(folder, folder / "other", 5):
         if run.question == "equal prompts by":
             config = ablate.configure(folder, run, 1, torch.device("cpu"))
-            path = Path(config.data.path)
-            tables[run.choice] = [row[1] for row in ablate._rows(path if path.is_file() else path / "metadata.csv")]
+            tables[run.choice] = [row[1] for row in ablate._rows(Path(config.data.path))]
     right = ["a blue star", "two red rings"]
     assert tables == {"another model": right, "the renderer": right, "the source": ["a blue star"]}
     write_table(folder / "other" / "metadata.csv", [("00000.png", "a poem about the sea", 0)])

@@ -7,7 +7,6 @@ pictures of the renderer that no run has seen. A run that is done is kept, one t
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import sys
@@ -25,7 +24,8 @@ from ..errors import UserError
 from ..files import atomic_path
 from ..pipeline import L2PPipeline
 from ..text import encode_prompts
-from ..training.config import Config, FreezeConfig
+from ..training.config import Config, DataConfig, FreezeConfig
+from ..training.data import list_pictures
 from ..training.parallel import start
 from .corpus import draw_corpus, write_table
 from .ldm import random_pictures
@@ -96,22 +96,17 @@ def plan(folder: Path, other: Path | None, n_layers: int) -> list[Run]:
     return runs
 
 
-def _rows(table: Path) -> list[tuple[str, str, str]]:
-    """(absolute path, prompt, seed) of each picture of a table in the published layout."""
-    try:
-        with open(table, newline="") as file:
-            return [
-                (str(table.parent.resolve() / row["image"]), row["prompt"], row["seed"]) for row in csv.DictReader(file)
-            ]
-    except (OSError, KeyError) as error:
-        raise UserError(f"{table} must be a table with image, prompt, seed beside its pictures ({error})") from error
+def _rows(data: Path) -> list[tuple[str, str, int | None]]:
+    """(absolute path, prompt, seed) of each picture of a folder or a table in the published layout."""
+    pictures = list_pictures(DataConfig(path=str(data), layout="csv"))
+    return [(str(Path(picture.file).resolve()), picture.prompt, picture.seed) for picture in pictures]
 
 
 def _first(data: Path, count: int, table: Path, check: bool = False) -> Path:
     """A table of the first ``count`` pictures of the folder ``data``; with ``check``, of those that are right."""
     if table.exists():
         return table
-    rows = _rows(data / "metadata.csv")
+    rows = _rows(data)
     if check:
         rows = [row for row in rows if (prompt := Prompt.parse(row[1])) and matches(prompt, read(Image.open(row[0])))]
     if len(rows) < count:
@@ -125,7 +120,7 @@ def _of_prompts(data: Path, like: Path, table: Path) -> Path:
     """A table of pictures of the folder ``data`` that show the prompts of the table ``like``, as far as there are."""
     if not table.exists():
         wanted, rows = Counter(prompt for _, prompt, _ in _rows(like)), []
-        for row in _rows(data / "metadata.csv"):
+        for row in _rows(data):
             if wanted[row[1]] > 0:
                 wanted[row[1]] -= 1
                 rows.append(row)

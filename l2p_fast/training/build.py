@@ -46,7 +46,6 @@ def build(config: Config, workers: Workers) -> tuple[L2PTransformer2DModel, dict
         _quantize(model, bits, lambda _, parameter: parameter)
     else:
         base = Checkpoint(config.model.base)
-        base.demand("l2p")
         model = nn.Module.to(build_empty(base.model_config()), dtype)  # diffusers' own warns, whatever the model
         base.compare({key: tuple(value.shape) for key, value in model.state_dict().items()})
         freeze(model, config.freeze)

@@ -69,9 +69,8 @@ def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
         gradients = sum(p.numel() for p in trained) * width // world
     if world > 1:  # a gathered block, the one gathered ahead of it, and gradients on their way
         compute = DTYPES[config.model.compute].itemsize
-        sizes = {name: p.numel() for name, p in parameters.items()}
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.layers]
-        root = sum(size for name, size in sizes.items() if not name.startswith((*BLOCKS, "local_decoder")))
+        root = sum(p.numel() for name, p in parameters.items() if not name.startswith((*BLOCKS, "local_decoder")))
         gradients += max(*blocks, root) * (2 * compute + 4)
         if config.accumulation > 1:  # whole and in fp32, until the step's last pass exchanges them
             gradients += 4 * sum(p.numel() for p in trained)
