@@ -17,10 +17,10 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from l2p_fast import lowbit
-from l2p_fast.detailer import DetailerHead
 from l2p_fast.errors import UserError
-from l2p_fast.model import L2PTransformer2DModel
+from l2p_fast.models.detailer.head import DetailerHead
+from l2p_fast.models.zimage import L2PTransformer2DModel
+from l2p_fast.quantize import products as lowbit
 
 from . import counts
 from .measure import Case, NotHere, Scale, error

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from l2p_fast import attention
+from l2p_fast.models import attention
 
 from . import counts
 from .conftest import CLOCK

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
-from l2p_fast import lowbit
-from l2p_fast.dit import TransformerBlock, rope_tables
+from l2p_fast.models.blocks import TransformerBlock, rope_tables
+from l2p_fast.quantize import products as lowbit
 
 from . import counts
 from .baselines import LOWBIT_TOLERANCE, check_lowbit, made_on

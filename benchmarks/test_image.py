@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l2p_fast import flow
-from l2p_fast.pipeline import L2PPipeline, draw_noise, make_scheduler, pixels_to_images
+from l2p_fast.sampling import flow
+from l2p_fast.sampling.pipeline import L2PPipeline, draw_noise, make_scheduler, pixels_to_images
 
 from . import counts
 from .baselines import (

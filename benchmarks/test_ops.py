@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from l2p_fast import dit, ops
+from l2p_fast import ops
+from l2p_fast.models import blocks as dit
 
 from . import baselines, counts
 from .conftest import CLOCK

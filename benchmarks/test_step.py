@@ -10,8 +10,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l2p_fast import flow, lowbit
-from l2p_fast.model import L2PTransformer2DModel
+from l2p_fast.models.zimage import L2PTransformer2DModel
+from l2p_fast.quantize import products as lowbit
+from l2p_fast.sampling import flow
 
 from .baselines import (
     LATENT_CHANNELS,

@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from l2p_fast import flow
-from l2p_fast.model import L2PTransformer2DModel
+from l2p_fast.models.zimage import L2PTransformer2DModel
+from l2p_fast.quantize.frozen import quantize_frozen
+from l2p_fast.sampling import flow
 from l2p_fast.training import optim
 from l2p_fast.training.build import BLOCKS
 from l2p_fast.training.config import OptimConfig
-from l2p_fast.training.quantize import quantize_frozen
 
 from . import counts
 from .baselines import (

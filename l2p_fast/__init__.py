@@ -8,7 +8,11 @@ import logging
 __version__ = "0.1.0"
 
 # Imported on first use: `import l2p_fast` alone loads neither torch nor diffusers.
-_LAZY = {"L2PTransformer2DModel": ".model", "L2PPipeline": ".pipeline", "DetailerHead": ".detailer"}
+_LAZY = {
+    "L2PTransformer2DModel": ".models.zimage",
+    "L2PPipeline": ".sampling.pipeline",
+    "DetailerHead": ".models.detailer.head",
+}
 __all__ = ["DetailerHead", "L2PPipeline", "L2PTransformer2DModel"]
 
 # diffusers imports it wherever it is installed, and it warns of kernels that nothing here asks for.

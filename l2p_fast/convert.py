@@ -1,7 +1,7 @@
 """``python -m l2p_fast.convert init | merge | export``: make checkpoints out of checkpoints.
 
 Everything is checked by names and shapes before the first byte is written, then streamed tensor by tensor: memory stays
-small whatever the model's size. Left out: quantizing, and merging LoRAs (`l2p_fast.checkpoint.load_lora` does that).
+small whatever the model's size. Left out: quantizing, and merging LoRAs (`formats.checkpoint.load_lora` does that).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import LAYOUTS, Checkpoint, Piece, few, misshapen, model_shapes, write_pieces
 from .errors import UserError, run_cli
+from .formats.checkpoint import LAYOUTS, Checkpoint, Piece, few, misshapen, model_shapes, write_pieces
+from .variants import OF_PATCH, VARIANTS
 
-PATCH_OF = {"1k": 16, "4k": 64, "8k": 128, "10k": 160}
 DTYPE_OF = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NEW = ("all_x_embedder.", "local_decoder.")  # what an initialization may draw anew
 
@@ -64,7 +64,7 @@ def init(args: argparse.Namespace) -> None:
     source = Checkpoint(args.source)
     source.demand("latent", "l2p")
     found = source.model_config()
-    patch = args.patch_size or PATCH_OF[args.res]
+    patch = args.patch_size or VARIANTS[args.res].patch_size
     width = found.get("head_width", 1.0) if args.head_width is None else args.head_width
     config = found | {"all_patch_size": (patch,), "all_f_patch_size": (1,), "in_channels": 3, "head_width": width}
     wanted, shapes = model_shapes(config), source.shapes
@@ -90,14 +90,14 @@ def init(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """A trained delta over its base: equal keys are overwritten."""
-    from .training.checkpoint import TrainedTensors, is_training_checkpoint
+    from .training.state import TrainedTensors, is_training_checkpoint
 
     in_training = is_training_checkpoint(args.delta)
     if args.ema and not in_training:
         raise UserError(f"--ema goes with a checkpoint folder of a training run; {args.delta} is none")
     delta, base = TrainedTensors(args.delta, args.ema) if in_training else Checkpoint(args.delta), Checkpoint(args.base)
     if delta.kind() == "lora":
-        raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.checkpoint.load_lora(model, FILE)")
+        raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.formats.checkpoint.load_lora(model, FILE)")
     base.demand("l2p")
     wanted = model_shapes(base.model_config())
     base.compare(wanted)
@@ -175,8 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("source", help="a Z-Image folder or file, or an L2P checkpoint")
     size = sub.add_mutually_exclusive_group(required=True)
-    size.add_argument("--res", choices=PATCH_OF, help="what the model is for; patch 16, 64, 128 or 160")
-    size.add_argument("--patch-size", type=int, choices=sorted(PATCH_OF.values()), help="the same, named by the patch")
+    size.add_argument("--res", choices=VARIANTS, help="what the model is for; patch 16, 64, 128 or 160")
+    size.add_argument("--patch-size", type=int, choices=sorted(OF_PATCH), help="the same, named by the patch")
     sub.add_argument("--seed", type=int, default=0, help="of the new tensors (default: 0)")
     sub.add_argument(
         "--head-width",

@@ -11,8 +11,9 @@ import importlib.util
 import platform
 from collections.abc import Iterator
 
-from . import __version__, attention
+from . import __version__
 from .errors import run_cli
+from .models import attention
 from .sample import BUNDLED, WEIGHTS
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "pillow")

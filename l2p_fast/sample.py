@@ -22,20 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, attention
+from . import __version__
 from .errors import UserError, run_cli
 from .files import atomic_path
+from .models import attention
+from .variants import NATIVE_TOKENS, OF_PATCH, nearest_sizes
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from .pipeline import L2PPipeline
+    from .sampling.pipeline import L2PPipeline
 
-WEIGHTS = Path(__file__).parent / "weights"  # the bundled pipeline folders, 1k and 4k
-BUNDLED = {"1k": 16, "4k": 64}  # name -> patch size
+WEIGHTS = Path(__file__).parent / "weights"  # the bundled pipeline folders
+BUNDLED = {"tiny-1k": 16, "tiny-4k": 64}  # name -> patch size
 LARGE = 2048  # from this side on the bundled 4k model is the default
-NATIVE_TOKENS = 64  # tokens of a side at a published checkpoint's own resolution
 SETTINGS_KEY = "l2p_fast"  # of the picture's text that holds all settings
 FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
 SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
@@ -82,7 +83,7 @@ class ModelFacts:
     @property
     def size_multiple(self) -> int | None:
         """What sides must be multiples of, in pixels: the patch, but 320 for patch 160, whose head halves six times."""
-        return self.patch_size and math.lcm(self.patch_size, 64 if self.patch_size == 160 else 1)
+        return OF_PATCH[self.patch_size].size_multiple if self.patch_size in OF_PATCH else self.patch_size
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw")
-    add("--model", help="checkpoint file, folder or pipeline folder; 1k or 4k: the bundled ones (default: by the size)")
+    add(
+        "--model",
+        help="file, folder or pipeline folder; tiny-1k or tiny-4k: bundled (default: by the size)",
+    )
     add("--text-encoder", help="folder or hub id with text_encoder/ and tokenizer/, such as Tongyi-MAI/Z-Image-Turbo")
     add("--res", type=int, help="height and width in pixels (default: the model's own)")
     add("--height", type=int, help="in pixels")
@@ -269,13 +273,13 @@ def find_model(name: str | None, size: int | None = None) -> ModelFacts:
     """The model that ``--model`` names.
 
     Args:
-        name: a path, "1k" or "4k" for a bundled model, or None: the bundled one for ``size``.
+        name: a path, "tiny-1k" or "tiny-4k" for a bundled model, or None: the bundled one for ``size``.
         size: the longer side in pixels.
 
     Raises:
         UserError: nothing there.
     """
-    bundled = name if name in BUNDLED else ("4k" if (size or 0) >= LARGE else "1k") if name is None else None
+    bundled = name if name in BUNDLED else ("tiny-4k" if (size or 0) >= LARGE else "tiny-1k") if name is None else None
     if bundled is not None and not (bundled == name and Path(bundled).exists()):
         path = WEIGHTS / bundled
         if not (path / "model_index.json").is_file():
@@ -359,12 +363,10 @@ def settle_size(args: argparse.Namespace, model: ModelFacts, height: int | None,
             height = width = NATIVE_TOKENS * (model.patch_size or 16)
     for name, value in (("height", height), ("width", width)):
         if multiple and value % multiple:
-            low = value // multiple * multiple
-            near = sorted((side for side in (low, low + multiple) if side), key=lambda side: abs(side - value))
             option = "--res" if args.res is not None else f"--{name}"
             raise UserError(
                 f"{option} must be a multiple of {multiple} for this checkpoint, got {value}; "
-                f"try {' or '.join(map(str, near))}"
+                f"try {nearest_sizes(value, multiple)}"
             )
     args.height, args.width = height, width
 
@@ -502,7 +504,7 @@ def load(args: argparse.Namespace, model: ModelFacts) -> L2PPipeline:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     from .ops import extension_status
-    from .pipeline import load_pipeline
+    from .sampling.pipeline import load_pipeline
 
     pipe = load_pipeline(model.path, args.text_encoder, dtype)
     pipe.set_progress_bar_config(disable=args.no_progress or not sys.stderr.isatty())
@@ -511,7 +513,7 @@ def load(args: argparse.Namespace, model: ModelFacts) -> L2PPipeline:
     args.device, args.dtype = str(device), str(pipe.transformer.dtype).removeprefix("torch.")
     parameters = sum(p.numel() for p in pipe.transformer.parameters())
     if args.quantize != "none":
-        from .lowbit import quantize
+        from .quantize.products import quantize
 
         if args.offload == "none":
             pipe.transformer.to(device)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .errors import UserError, run_cli
 from .files import atomic_path
-from .model import L2PTransformer2DModel
-from .training import checkpoint as checkpoints
+from .models.zimage import L2PTransformer2DModel
+from .training import state as checkpoints
 from .training.build import autocast, build, check_base
 from .training.config import Config, as_dict, check, load_config, write_config
 from .training.data import Features, Picture, Stream, list_pictures, make_buckets, make_features
@@ -275,7 +275,7 @@ def check_same(config: Config, other: dict, place: Path) -> None:
 
 def export(folder: Path, average: EMA) -> None:
     """Write the trained tensors alone (`l2p_fast.convert merge` puts them over the base), averaged ones beside them."""
-    from .checkpoint import write_pieces
+    from .formats.checkpoint import write_pieces
 
     last = checkpoints.complete(folder)[-1]
     for name, averaged in (("trained", False), ("trained-ema", True)):

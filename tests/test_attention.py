@@ -9,9 +9,10 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from torch.nn.attention import SDPBackend
 
-from l2p_fast import attention, dit
-from l2p_fast.dit import Attention, Keys
 from l2p_fast.errors import UserError
+from l2p_fast.models import attention
+from l2p_fast.models import blocks as dit
+from l2p_fast.models.blocks import Attention, Keys
 
 SHAPE = (1, 64, 2, 16)
 

@@ -16,8 +16,8 @@ from benchmarks import test_step as step_rows
 from benchmarks.conftest import add_ratios
 from benchmarks.counts import Work
 from benchmarks.measure import SCALES, Case, Limits, NotHere, error, finite
-from l2p_fast.detailer import DetailerHead
 from l2p_fast.errors import UserError
+from l2p_fast.models.detailer.head import DetailerHead
 
 QUICK = SCALES["quick"]
 

@@ -10,9 +10,9 @@ import torch
 from goldens import GOLDENS
 from safetensors.torch import load_file, save_file
 
-from l2p_fast import checkpoint as ckpt
 from l2p_fast.errors import UserError
-from l2p_fast.model import L2PTransformer2DModel
+from l2p_fast.formats import checkpoint as ckpt
+from l2p_fast.models.zimage import L2PTransformer2DModel
 
 TINY = {
     "dim": 64, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 48,
@@ -321,7 +321,7 @@ def test_peak_memory_is_the_model_and_its_largest_tensor(tmp_path):
     numbers = [2 * value.numel() for value in state.values()]
     code = f"""
     import torch
-    from l2p_fast import checkpoint, model
+    from l2p_fast.formats import checkpoint
     torch.set_num_threads(1)
     checkpoint.build_empty({config | {"all_patch_size": (64,)}!r})  # warm imports
     torch.zeros(4).to(torch.bfloat16).isfinite().all()

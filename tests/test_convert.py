@@ -10,9 +10,9 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from test_checkpoint import TINY, comfy, state_of, tiny
 
-from l2p_fast import checkpoint as ckpt
 from l2p_fast.convert import main
 from l2p_fast.errors import UserError
+from l2p_fast.formats import checkpoint as ckpt
 
 
 def latent():

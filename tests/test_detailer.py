@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from l2p_fast.detailer import LEVELS, DetailerHead, size_multiple
 from l2p_fast.errors import UserError
+from l2p_fast.models.detailer.head import DetailerHead
 from l2p_fast.ops.head import fused_levels
+from l2p_fast.variants import OF_PATCH
 
 WHOLE = 10**6
 SIZES = {
@@ -38,7 +39,7 @@ def test_published_size(patch, parameters):
 
 
 def test_size_multiples_and_bad_patch():
-    assert [size_multiple(p) for p in (16, 64, 128, 160)] == [16, 64, 128, 320]
+    assert [OF_PATCH[p].size_multiple for p in (16, 64, 128, 160)] == [16, 64, 128, 320]
     with pytest.raises(UserError, match="16, 64, 128, 160"):
         DetailerHead(32, 24)
 
@@ -50,7 +51,7 @@ def test_width_scales_all_but_the_ends():
     assert min(inner) == 4 and all(c % 4 == 0 for c in inner) and max(inner) == 52
 
 
-@pytest.mark.parametrize("patch", LEVELS)
+@pytest.mark.parametrize("patch", OF_PATCH)
 @torch.no_grad()
 def test_whole_equals_reference(patch):
     head, pixels, features = head_and_inputs(patch, batch=2)
@@ -140,7 +141,7 @@ def test_bands_keep_less_for_backward():
     assert kept(band_rows=64) < 0.3 * kept(band_rows=WHOLE)
 
 
-@pytest.mark.parametrize("patch", LEVELS)
+@pytest.mark.parametrize("patch", OF_PATCH)
 @torch.no_grad()
 def test_bf16_error(patch):
     head, pixels, features = head_and_inputs(patch, batch=2, width=0.5)

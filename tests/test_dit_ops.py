@@ -11,7 +11,7 @@ import torch
 from torch.library import opcheck
 
 from l2p_fast import ops
-from l2p_fast.dit import RMSNorm
+from l2p_fast.models.blocks import RMSNorm
 
 EPS = 1e-5
 # fp32 rounding of sums in another order; float16 and bfloat16 are held against fp32 instead

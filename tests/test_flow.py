@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from l2p_fast import flow
 from l2p_fast.errors import UserError
+from l2p_fast.sampling import flow
 
 
 @pytest.mark.parametrize("steps,shift", [(1, 3.0), (6, 3.0), (30, 3.0), (50, 1.0)])

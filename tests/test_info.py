@@ -9,7 +9,7 @@ import sys
 import torch
 
 from l2p_fast import __version__, info, ops
-from l2p_fast.attention import BACKENDS
+from l2p_fast.models.attention import BACKENDS
 
 
 def said(**environment: str) -> str:

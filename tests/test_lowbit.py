@@ -6,7 +6,7 @@ from tiny_pipeline import tiny_transformer
 from torch import nn
 
 from l2p_fast.errors import UserError
-from l2p_fast.lowbit import DTYPES, LowBitLinear, encode, lowbit_linear, lowbit_linear_reference, quantize
+from l2p_fast.quantize.products import DTYPES, LowBitLinear, encode, lowbit_linear, lowbit_linear_reference, quantize
 
 ERROR = {"fp8": 0.05, "int8": 0.02}  # of a product of normal numbers: 3 bits of mantissa, 7 bits of range
 

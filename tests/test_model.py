@@ -10,10 +10,10 @@ from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZIma
 from goldens import GOLDENS
 from safetensors.torch import load_file
 
-from l2p_fast import flow
-from l2p_fast.dit import rope_tables
 from l2p_fast.errors import UserError
-from l2p_fast.model import L2PTransformer2DModel
+from l2p_fast.models.blocks import rope_tables
+from l2p_fast.models.zimage import L2PTransformer2DModel
+from l2p_fast.sampling import flow
 
 MANIFESTS = GOLDENS.parent / "manifests"
 SAME = 5e-6  # equal but for fp32 rounding, which may differ with a tensor's place in memory
@@ -276,9 +276,9 @@ def test_save_and_load(tmp_path):
 
 
 def test_from_single_file_delegates(monkeypatch):
-    import l2p_fast.checkpoint
+    import l2p_fast.formats.checkpoint
 
-    monkeypatch.setattr(l2p_fast.checkpoint, "load_model", lambda *args, **kwargs: (args, kwargs))
+    monkeypatch.setattr(l2p_fast.formats.checkpoint, "load_model", lambda *args, **kwargs: (args, kwargs))
     loaded = L2PTransformer2DModel.from_single_file("x.safetensors", torch_dtype=torch.bfloat16, rope_grid=4)
     assert loaded == (("x.safetensors",), {"dtype": torch.bfloat16, "device": "cpu", "rope_grid": 4})
 

@@ -14,10 +14,17 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from goldens import GOLDENS
 from tiny_pipeline import FEATURES, save_tiny, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
-from l2p_fast import flow
 from l2p_fast.errors import UserError
-from l2p_fast.pipeline import L2PPipeline, draw_noise, image_to_pixels, load_pipeline, make_scheduler, set_schedule
-from l2p_fast.text import encode_prompts, tokenize
+from l2p_fast.models.text import encode_prompts, tokenize
+from l2p_fast.sampling import flow
+from l2p_fast.sampling.pipeline import (
+    L2PPipeline,
+    draw_noise,
+    image_to_pixels,
+    load_pipeline,
+    make_scheduler,
+    set_schedule,
+)
 
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 3, "guidance_scale": 2.5}
 
@@ -83,7 +90,7 @@ def test_golden_run():
         pytest.skip(f"no golden tensors at {folder}; set L2P_GOLDENS to their folder")
     from safetensors.torch import load_file
 
-    from l2p_fast.model import L2PTransformer2DModel
+    from l2p_fast.models.zimage import L2PTransformer2DModel
 
     model = L2PTransformer2DModel(**json.loads((folder / "config.json").read_text()))
     model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})

@@ -15,9 +15,9 @@ from PIL import Image
 from tiny_pipeline import save_tiny
 
 from l2p_fast import __version__, sample
-from l2p_fast.checkpoint import save_single_file
 from l2p_fast.errors import UserError
-from l2p_fast.pipeline import L2PPipeline
+from l2p_fast.formats.checkpoint import save_single_file
+from l2p_fast.sampling.pipeline import L2PPipeline
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +136,18 @@ def test_image_to_image(run):
 
 def test_bundled_models_are_chosen_by_size(run, tmp_path, monkeypatch, model):
     monkeypatch.setattr(sample, "WEIGHTS", tmp_path / "weights")
-    with pytest.raises(UserError, match="bundled model 1k is not installed"):
+    with pytest.raises(UserError, match="bundled model tiny-1k is not installed"):
         run("a", "--res", 32, model=None)
-    save_tiny(tmp_path / "weights" / "1k", 16)
-    save_tiny(tmp_path / "weights" / "4k", 64)
+    save_tiny(tmp_path / "weights" / "tiny-1k", 16)
+    save_tiny(tmp_path / "weights" / "tiny-4k", 64)
     found = [sample.find_model(None, size) for size in (None, 1024, 2047, 2048, 8192)]
-    assert [facts.name for facts in found] == ["1k", "1k", "1k", "4k", "4k"]
+    assert [facts.name for facts in found] == ["tiny-1k", "tiny-1k", "tiny-1k", "tiny-4k", "tiny-4k"]
     assert [facts.patch_size for facts in found] == [16, 16, 16, 64, 64]
-    assert sample.find_model("4k").size_multiple == 64
+    assert sample.find_model("tiny-4k").size_multiple == 64
     with pytest.raises(UserError, match="--res must be a multiple of 64 .* got 2064; try 2048 or 2112"):
         run("a", "--res", 2064, model=None)
     run("a", "--res", 16, "--steps", 1, "--out", "a.png", model=None)
-    assert json.loads(Image.open("a.png").info["l2p_fast"])["model"] == "1k"
+    assert json.loads(Image.open("a.png").info["l2p_fast"])["model"] == "tiny-1k"
 
 
 def test_single_file_with_a_text_encoder(run, model):

@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("scipy", reason="the small world needs scipy: pip install l2p_fast[tiny]")
 
+from examples.tiny import __main__ as command
+from examples.tiny import fit, transfer, world
+from examples.tiny.scorer import matches, read
 from l2p_fast.errors import UserError
-from l2p_fast.tiny import __main__ as command
-from l2p_fast.tiny import fit, transfer, world
-from l2p_fast.tiny.scorer import matches, read
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_wrong_order_and_wrong_values(tmp_path, argv, says):
 
 
 def test_training_pictures_follow_their_seed():
-    from l2p_fast.tiny.ldm import random_pictures
+    from examples.tiny.ldm import random_pictures
 
     first, again, other = (next(random_pictures(*seed))[:2] for seed in ((4, 7), (4, 7), (4, 8)))
     assert first == again and first != other

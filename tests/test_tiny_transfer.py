@@ -16,12 +16,12 @@ pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install l2p
 
 from tiny_pipeline import FEATURES, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
+from examples.tiny import __main__ as command
+from examples.tiny import ablate, transfer
+from examples.tiny.corpus import draw_corpus, write_table
+from examples.tiny.world import Prompt
 from l2p_fast.errors import UserError
-from l2p_fast.pipeline import load_pipeline
-from l2p_fast.tiny import __main__ as command
-from l2p_fast.tiny import ablate, transfer
-from l2p_fast.tiny.corpus import draw_corpus, write_table
-from l2p_fast.tiny.world import Prompt
+from l2p_fast.sampling.pipeline import load_pipeline
 
 
 @pytest.fixture

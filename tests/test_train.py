@@ -16,9 +16,9 @@ pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[
 from tiny_training import PICTURES, curve, tiny_model, world_in
 
 from l2p_fast import convert, plot
-from l2p_fast.checkpoint import Checkpoint, load_model
 from l2p_fast.errors import UserError
-from l2p_fast.training import checkpoint as checkpoints
+from l2p_fast.formats.checkpoint import Checkpoint, load_model
+from l2p_fast.training import state as checkpoints
 from l2p_fast.training.monitor import read_log
 
 torch.set_num_threads(1)

@@ -297,7 +297,7 @@ def test_features(tmp_path):
 def test_features_are_the_text_encoders(tmp_path):
     from tiny_pipeline import tiny_text_encoder, tiny_tokenizer
 
-    from l2p_fast.text import encode_prompts
+    from l2p_fast.models.text import encode_prompts
 
     tiny_text_encoder().save_pretrained(tmp_path / "z" / "text_encoder")
     tiny_tokenizer().save_pretrained(tmp_path / "z" / "tokenizer")

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
 
-from l2p_fast.dit import TransformerBlock, rope_tables
+from l2p_fast.models.blocks import TransformerBlock, rope_tables
 from l2p_fast.training.memory import block_bytes
 
 # Peak memory of a training beyond what the process held before it had a model. A thread measures what is resident.

@@ -15,9 +15,9 @@ pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[
 from tiny_training import curve, make_world, run_ranks
 
 from l2p_fast import convert
-from l2p_fast.checkpoint import Checkpoint
+from l2p_fast.formats.checkpoint import Checkpoint
 from l2p_fast.train import main
-from l2p_fast.training import checkpoint as checkpoints
+from l2p_fast.training import state as checkpoints
 from l2p_fast.training.config import OptimConfig
 from l2p_fast.training.monitor import read_log
 from l2p_fast.training.optim import AdamW

@@ -21,8 +21,8 @@ from tiny_training import CONTEXT, child, curve, make_world, start, tiny_model, 
 
 from l2p_fast import train
 from l2p_fast.errors import UserError
-from l2p_fast.training import checkpoint as checkpoints
 from l2p_fast.training import monitor
+from l2p_fast.training import state as checkpoints
 from l2p_fast.training.config import load_config
 from l2p_fast.training.monitor import read_log
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from l2p_fast import flow, ops
+from l2p_fast import ops
 from l2p_fast.errors import UserError
+from l2p_fast.sampling import flow
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (B, C, H, W): the smallest, odd sizes, whole vectors, more than one thread's lines

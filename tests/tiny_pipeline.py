@@ -9,8 +9,8 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from l2p_fast.model import L2PTransformer2DModel
-from l2p_fast.pipeline import L2PPipeline, make_scheduler
+from l2p_fast.models.zimage import L2PTransformer2DModel
+from l2p_fast.sampling.pipeline import L2PPipeline, make_scheduler
 
 FEATURES = 32
 TEMPLATE = (

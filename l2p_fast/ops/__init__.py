@@ -82,7 +82,7 @@ def build_info() -> dict[str, object]:
     The report is a module of its own, made for one Python version, unlike the kernels, which any Python loads.
     """
     try:
-        from l2p_fast import _build
+        from .. import _build
     except ImportError:
         return {}
     return _build.info()

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import Checkpoint, build_empty, load_model
 from ..errors import UserError
-from ..model import L2PTransformer2DModel
+from ..formats.checkpoint import Checkpoint, build_empty, load_model
+from ..models.zimage import L2PTransformer2DModel
+from ..quantize.frozen import quantize_frozen
 from .config import Config
 from .freeze import freeze
 from .parallel import DTYPES, Workers, broadcast, load_sharded, shard
-from .quantize import quantize_frozen
 
 BLOCKS = ("noise_refiner", "context_refiner", "layers")
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint, build_empty
-from ..dit import ADALN_DIM, TransformerBlock, rope_tables
+from ..formats.checkpoint import Checkpoint, build_empty
+from ..models.blocks import ADALN_DIM, TransformerBlock, rope_tables
+from ..quantize.frozen import linear_bytes
 from .build import BLOCKS
 from .config import Config, GridConfig
 from .data import shapes_of
 from .freeze import freeze, groups
 from .optim import CHUNK, state_bytes
 from .parallel import DTYPES
-from .quantize import linear_bytes
 
 TEXT_TOKENS = 512  # the longest prompt
 PIXEL_TENSORS = 6  # pictures held in fp32 at once: x0, noise, x_t, prediction, its error, its gradient

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import flow
 from ..errors import UserError
 from ..files import atomic_path
-from ..pipeline import pixels_to_images
+from ..sampling import flow
+from ..sampling.pipeline import pixels_to_images
 from .build import autocast
 from .config import Config, as_dict
 from .data import Features

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import flow
-from ..detailer import DetailerHead
-from ..model import cut
+from ..models.detailer.head import DetailerHead
+from ..models.zimage import cut
+from ..sampling import flow
 from .config import GridConfig, ObjectiveConfig
 
 SIGMA_BUCKETS = 4  # the loss is logged for each quarter of [0, 1]

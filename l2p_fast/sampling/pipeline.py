@@ -25,37 +25,20 @@ import torch.nn.functional as F
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from . import flow, ops
-from .detailer import AUTO_MEMORY_MB
-from .errors import UserError
-from .text import encode_prompts
+from .. import ops
+from ..errors import UserError
+from ..models.detailer.head import AUTO_MEMORY_MB
+from ..models.text import encode_prompts
+from ..variants import NATIVE_TOKENS, OF_PATCH, SHIFT, nearest_sizes
+from . import flow
 
 logger = logging.getLogger(__name__)
 
-SHIFT = 3.0
-NATIVE_TOKENS = 64  # a side of the token grid at every published checkpoint's own resolution
 COARSE_STRENGTH = 0.6
 # On a CPU two rows in one batch save little time and cost their memory, so past this many pixels they go one by one.
 _CPU_BATCH_PIXELS = 1024 * 1024
 # Working memory of the head, in MB, to try next after running out of memory.
 _SMALLER_HEAD_MB = (64.0, 16.0)
-
-
-def default_steps(patch_size: int) -> int:
-    """Steps the authors of the published checkpoint of this patch size recommend."""
-    return 30 if patch_size <= 16 else 50
-
-
-def default_guidance_scale(patch_size: int) -> float:
-    """Guidance scale for the published checkpoint of this patch size (usual meaning: 1 is none)."""
-    return 2.0 if patch_size <= 16 else 4.0
-
-
-def nearest_sizes(size: int, multiple: int) -> str:
-    """The valid sizes next to ``size``, nearest first, as words for an error message: "1024 or 960"."""
-    low = size // multiple * multiple
-    valid = [value for value in (low, low + multiple) if value > 0]
-    return " or ".join(str(value) for value in sorted(valid, key=lambda value: abs(value - size)))
 
 
 def make_scheduler(shift: float = SHIFT) -> FlowMatchEulerDiscreteScheduler:
@@ -173,7 +156,7 @@ class L2PPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> L2PPipeline:
         """As every diffusers pipeline."""
-        from . import model  # noqa: F401  (diffusers takes components only from modules that are imported)
+        from ..models import zimage as model  # noqa: F401  (diffusers takes components only from modules that are imported)
 
         return super().from_pretrained(*args, **kwargs)
 
@@ -190,13 +173,13 @@ class L2PPipeline(DiffusionPipeline):
     @property
     def default_steps(self) -> int:
         """Steps when `__call__` is not told how many."""
-        return self.config.default_steps or default_steps(self.patch_size)
+        return self.config.default_steps or OF_PATCH[self.patch_size].steps
 
     @property
     def default_guidance_scale(self) -> float:
         """Guidance scale when `__call__` is not told."""
         scale = self.config.default_guidance_scale
-        return default_guidance_scale(self.patch_size) if scale is None else scale
+        return OF_PATCH[self.patch_size].guidance_scale if scale is None else scale
 
     @property
     def interrupt(self) -> bool:
@@ -566,7 +549,7 @@ def load_pipeline(
     Raises:
         UserError: a file that can't be used, or no text encoder.
     """
-    from .checkpoint import load_model
+    from ..formats.checkpoint import load_model
 
     model = os.fspath(model)
     is_pipeline = os.path.isfile(os.path.join(model, "model_index.json"))

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dit import TransformerBlock
-from .errors import UserError
-from .model import L2PTransformer2DModel
+from ..errors import UserError
+from ..models.blocks import TransformerBlock
+from ..models.zimage import L2PTransformer2DModel
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 MULTIPLE = 16  # of K and N, that the 8-bit matrix products ask for

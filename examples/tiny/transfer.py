@@ -27,13 +27,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .. import flow, train
-from ..dit import Rope
-from ..errors import UserError
-from ..files import atomic_path
-from ..model import L2PTransformer2DModel
-from ..pipeline import L2PPipeline, make_scheduler
-from ..training.config import (
+from l2p_fast import train
+from l2p_fast.errors import UserError
+from l2p_fast.files import atomic_path
+from l2p_fast.models.blocks import Rope
+from l2p_fast.models.zimage import L2PTransformer2DModel
+from l2p_fast.sampling import flow
+from l2p_fast.sampling.pipeline import L2PPipeline, make_scheduler
+from l2p_fast.training.config import (
     Config,
     DataConfig,
     EMAConfig,
@@ -45,8 +46,9 @@ from ..training.config import (
     ObjectiveConfig,
     OptimConfig,
 )
-from ..training.data import list_pictures
-from ..training.parallel import start
+from l2p_fast.training.data import list_pictures
+from l2p_fast.training.parallel import start
+
 from .corpus import draw_corpus, load_source
 from .ldm import autocast
 
@@ -178,7 +180,7 @@ def prepare(folder: Path, patch_size: int, device: torch.device) -> None:
         raise UserError("the patch-64 model starts from the patch-16 one; run transfer --patch-size 16 first")
     if not (corpus / "metadata.csv").exists():
         raise UserError(
-            f"no pictures in {corpus}; let the source draw them first: python -m l2p_fast.tiny corpus --folder {folder}"
+            f"no pictures in {corpus}; let the source draw them first: python -m examples.tiny corpus --folder {folder}"
         )
     if not base.exists():
         if patch_size == min(HEAD_WIDTHS):

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from ..checkpoint import Piece, Stored
 from ..errors import UserError
+from ..formats.checkpoint import Piece, Stored
 from .parallel import Workers
 
 STATE = "state.json"

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import atomic_path
-from ..pipeline import L2PPipeline, load_pipeline
-from ..sample import find_model
+from l2p_fast.files import atomic_path
+from l2p_fast.sample import find_model
+from l2p_fast.sampling.pipeline import L2PPipeline, load_pipeline
+
 from .corpus import load_source, sample_source
 from .ldm import SIDE
 from .scorer import matches, read

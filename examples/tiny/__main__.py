@@ -1,15 +1,15 @@
-"""``python -m l2p_fast.tiny ldm | corpus | transfer | score | ablate | sheet``: make and measure the bundled models."""
+"""``python -m examples.tiny ldm | corpus | transfer | score | ablate | sheet``: make and measure the bundled models."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ..errors import UserError, run_cli
+from l2p_fast.errors import UserError, run_cli
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m l2p_fast.tiny", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m examples.tiny", description=__doc__)
     stages = p.add_subparsers(dest="stage", required=True)
     ldm = stages.add_parser("ldm", help="train the latent source model (autoencoder, then transformer)")
     ldm.add_argument("--vae-minutes", type=float, default=8, help="training time of the autoencoder (default 8)")

@@ -17,8 +17,8 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from ..ops import Rope, apply_rope, gate_norm_residual, norm_modulate, qk_norm_rope, rms_norm, silu_mul
 from .attention import pack, packed_kernel
-from .ops import Rope, apply_rope, gate_norm_residual, norm_modulate, qk_norm_rope, rms_norm, silu_mul
 
 ADALN_DIM = 256  # the timestep embedding is never wider than this
 SEQUENCE_MULTIPLE = 32  # each sequence is filled up to a multiple of this with a learned token

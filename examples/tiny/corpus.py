@@ -19,9 +19,10 @@ from diffusers import ZImagePipeline
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..files import atomic_path
-from ..ops import to_uint8
+from l2p_fast.errors import UserError
+from l2p_fast.files import atomic_path
+from l2p_fast.ops import to_uint8
+
 from .ldm import BATCH, SIDE, random_pictures
 from .scorer import matches, read
 from .world import Prompt, draw, draw_scene
@@ -36,7 +37,7 @@ def load_source(folder: Path, device: torch.device) -> ZImagePipeline:
         UserError: it has not been trained yet.
     """
     if not (folder / "source").exists():
-        raise UserError(f"no source model in {folder}; train it first: python -m l2p_fast.tiny ldm --folder {folder}")
+        raise UserError(f"no source model in {folder}; train it first: python -m examples.tiny ldm --folder {folder}")
     pipeline = ZImagePipeline.from_pretrained(folder / "source", torch_dtype=torch.bfloat16).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

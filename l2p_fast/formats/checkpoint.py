@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import UserError
-from .files import atomic_path
+from ..errors import UserError
+from ..files import atomic_path
 
 if TYPE_CHECKING:
-    from .model import L2PTransformer2DModel
+    from ..models.zimage import L2PTransformer2DModel
 
 logger = logging.getLogger(__name__)
 
@@ -588,7 +588,7 @@ class Checkpoint:
                       "python -m l2p_fast.convert init FILE --res 1k --out NEW.safetensors",
             "delta": f"a training output ({len(self.tensors)} tensors), not {wanted}; merge it first: "
                      "python -m l2p_fast.convert merge FILE --base BASE.safetensors --out NEW.safetensors",
-            "lora": f"a LoRA, not {wanted}; load its model, then l2p_fast.checkpoint.load_lora(model, FILE)",
+            "lora": f"a LoRA, not {wanted}; load its model, then l2p_fast.formats.checkpoint.load_lora(model, FILE)",
             "l2p": f"a whole L2P checkpoint, not {wanted}",
             "other": f"not {wanted} (its tensors: {first}); give the transformer's file",
         }[kind])  # fmt: skip
@@ -704,7 +704,7 @@ def _head_width(head: Mapping[str, tuple[int, ...]], patch: int, dim: int) -> fl
 
 
 def _head_shapes(patch: int, dim: int, width: float) -> dict[str, tuple[int, ...]]:
-    from .detailer import DetailerHead
+    from ..models.detailer.head import DetailerHead
 
     with torch.device("meta"):
         return {key: tuple(v.shape) for key, v in DetailerHead(patch, dim, width).state_dict().items()}
@@ -716,7 +716,7 @@ def build_empty(config: Mapping[str, Any]) -> L2PTransformer2DModel:
     Raises:
         UserError: the constructor refuses ``config``.
     """
-    from .model import L2PTransformer2DModel
+    from ..models.zimage import L2PTransformer2DModel
 
     try:
         with torch.device("meta"):

@@ -20,8 +20,10 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from .detailer import LEVELS, DetailerHead, size_multiple
-from .dit import (
+from ..errors import UserError
+from ..ops import patchify
+from ..variants import OF_PATCH
+from .blocks import (
     ADALN_DIM,
     ALL_KEYS,
     SEQUENCE_MULTIPLE,
@@ -32,8 +34,7 @@ from .dit import (
     TransformerBlock,
     rope_tables,
 )
-from .errors import UserError
-from .ops import patchify
+from .detailer.head import DetailerHead
 
 
 @dataclass
@@ -111,8 +112,8 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         rope_grid: int | None = None,
     ):
         super().__init__()
-        if len(all_patch_size) != 1 or all_patch_size[0] not in LEVELS:
-            raise UserError(f"all_patch_size must hold one of {sorted(LEVELS)}, got {list(all_patch_size)}")
+        if len(all_patch_size) != 1 or all_patch_size[0] not in OF_PATCH:
+            raise UserError(f"all_patch_size must hold one of {sorted(OF_PATCH)}, got {list(all_patch_size)}")
         if list(all_f_patch_size) != [1] or in_channels != 3:
             given = f"{list(all_f_patch_size)} and {in_channels}"
             raise UserError(f"an L2P model has all_f_patch_size [1] and in_channels 3, got {given}")
@@ -142,12 +143,12 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     def from_single_file(
         cls, path, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu", **config
     ) -> L2PTransformer2DModel:
-        """Load a checkpoint of any layout that `l2p_fast.checkpoint.load_model` reads. ``config`` overrides arguments.
+        """Load a checkpoint of any layout that `load_model` reads. ``config`` overrides arguments.
 
         Raises:
             UserError: a file that is none, damaged, or of another model.
         """
-        from .checkpoint import load_model
+        from ..formats.checkpoint import load_model
 
         return load_model(path, dtype=torch_dtype, device=device, **config)
 
@@ -159,7 +160,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     @property
     def size_multiple(self) -> int:
         """What height and width must be multiples of: the patch, but 320 for patch 160."""
-        return size_multiple(self.patch_size)
+        return OF_PATCH[self.patch_size].size_multiple
 
     @property
     def modulated_blocks(self) -> list[TransformerBlock]:

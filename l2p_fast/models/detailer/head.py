@@ -14,7 +14,6 @@ one op that composes the decoder's convolutions (`_Fused`, ops/head.py). Both kn
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,36 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .errors import UserError
-from .ops.head import decoder_weights, encoder_weights, fused_levels, head_decode, head_encode
+from ...errors import UserError
+from ...ops.head import decoder_weights, encoder_weights, fused_levels, head_decode, head_encode
+from ...variants import OF_PATCH, Level
 
-
-class Level(NamedTuple):
-    """One resolution of the U-Net: its name and output channels of ``enc``, ``up`` and ``dec``."""
-
-    name: str
-    enc: int
-    up: int
-    dec: int
-
-
-_INNER = [Level("1", 64, 64, 32), Level("2", 128, 128, 64), Level("3", 256, 256, 128), Level("4", 512, 512, 256)]
-_4K = [Level("0", 16, 16, 16), Level("0b", 32, 32, 16), *_INNER]
-# Patch size -> levels from full resolution inwards.
-LEVELS: dict[int, list[Level]] = {
-    16: [Level("1", 64, 64, 64), *_INNER[1:]],
-    64: _4K,
-    128: [Level("_8k", 3, 16, 16), *_4K],
-    160: [Level("_10k_a", 3, 16, 16), *_4K[:-1]],
-}
 BOTTLENECK = 512
 BANDED_CHANNELS = 64  # levels up to this many encoder channels hold much memory and little work: these run in bands
 AUTO_MEMORY_MB = 256.0  # working memory the head may take when neither bands nor budget are given
-
-
-def size_multiple(patch_size: int) -> int:
-    """What height and width must be multiples of: the patch, and a whole number of pooled pixels."""
-    return math.lcm(patch_size, 2 ** len(LEVELS[patch_size]))
 
 
 class SplitConv1x1(nn.Conv2d):
@@ -213,8 +189,8 @@ class DetailerHead(nn.Module):
 
     def __init__(self, patch_size: int, dim: int, width: float = 1.0):
         super().__init__()
-        if patch_size not in LEVELS:
-            raise UserError(f"no Detailer Head for patch size {patch_size}; choose one of {sorted(LEVELS)}")
+        if patch_size not in OF_PATCH:
+            raise UserError(f"no Detailer Head for patch size {patch_size}; choose one of {sorted(OF_PATCH)}")
         self.patch_size, self.dim, self.width = patch_size, dim, width
         self.band_rows: int | None = None
         self.memory_mb: float | None = None
@@ -223,8 +199,9 @@ class DetailerHead(nn.Module):
         def scaled(channels: int) -> int:
             return channels if channels == 3 else max(4, 4 * round(channels * width / 4))
 
-        self.levels = [Level(n, scaled(enc), scaled(up), scaled(dec)) for n, enc, up, dec in LEVELS[patch_size]]
-        self.table_banded = sum(level.enc <= BANDED_CHANNELS for level in LEVELS[patch_size])
+        published = OF_PATCH[patch_size].levels
+        self.levels = [Level(name, scaled(enc), scaled(up), scaled(dec)) for name, enc, up, dec in published]
+        self.table_banded = sum(level.enc <= BANDED_CHANNELS for level in published)
         channels = 3
         for level in self.levels:
             self.add_module(f"enc{level.name}", nn.Sequential(nn.Conv2d(channels, level.enc, 3, padding=1), nn.SiLU()))

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from .. import flow
-from ..files import atomic_path
-from ..text import tokenize
+from l2p_fast.files import atomic_path
+from l2p_fast.models.text import tokenize
+from l2p_fast.sampling import flow
+
 from .fit import Optimizer, fit
 from .world import COLORS, COUNTS, RELATIONS, SHAPES, draw, draw_prompt, draw_scene, labels
 
@@ -106,7 +107,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def text_features(encoder: Qwen3Model, ids: list[Tensor]) -> list[Tensor]:
-    """As `l2p_fast.text.encode_prompts`, with gradients: features (L_i, 128) of token ids (L_i,)."""
+    """As `l2p_fast.models.text.encode_prompts`, with gradients: features (L_i, 128) of token ids (L_i,)."""
     batch = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(encoder.device)
     hidden = encoder(input_ids=batch, output_hidden_states=True).hidden_states[-2]
     return [row[: len(row_ids)] for row, row_ids in zip(hidden, ids, strict=True)]

@@ -19,14 +19,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .. import flow, train
-from ..errors import UserError
-from ..files import atomic_path
-from ..pipeline import L2PPipeline
-from ..text import encode_prompts
-from ..training.config import Config, DataConfig, FreezeConfig
-from ..training.data import list_pictures
-from ..training.parallel import start
+from l2p_fast import train
+from l2p_fast.errors import UserError
+from l2p_fast.files import atomic_path
+from l2p_fast.models.text import encode_prompts
+from l2p_fast.sampling import flow
+from l2p_fast.sampling.pipeline import L2PPipeline
+from l2p_fast.training.config import Config, DataConfig, FreezeConfig
+from l2p_fast.training.data import list_pictures
+from l2p_fast.training.parallel import start
+
 from .corpus import draw_corpus, write_table
 from .ldm import random_pictures
 from .score import BATCH, from_pipeline, measure

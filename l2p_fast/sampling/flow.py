@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def sigmas(num_steps: int, shift: float = 3.0) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..files import atomic_path
+from l2p_fast.files import atomic_path
 
 
 class Optimizer:

@@ -2,5 +2,5 @@
 
 `world` draws pictures, `scorer` reads them back, `ldm` trains the latent source model, `corpus` lets it draw the
 training pictures, `transfer` turns it into pixel models, `score` measures them all. Each is a subcommand of
-``python -m l2p_fast.tiny``.
+``python -m examples.tiny``.
 """
