@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l2p_fast.errors import UserError
-from l2p_fast.models.detailer.head import DetailerHead
+from l2p_fast.models.detailer import DetailerHead
 from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.quantize import products as lowbit
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l2p_fast.models.detailer.head import DetailerHead
+from l2p_fast.models.detailer import DetailerHead
 
 from . import counts
 from .baselines import PlainHead, check_side, made_on

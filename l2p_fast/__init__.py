@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "L2PTransformer2DModel": ".models.zimage",
     "L2PPipeline": ".sampling.pipeline",
-    "DetailerHead": ".models.detailer.head",
+    "DetailerHead": ".models.detailer",
 }
 __all__ = ["DetailerHead", "L2PPipeline", "L2PTransformer2DModel"]
 

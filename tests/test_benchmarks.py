@@ -17,7 +17,7 @@ from benchmarks.conftest import add_ratios
 from benchmarks.counts import Work
 from benchmarks.measure import SCALES, Case, Limits, NotHere, error, finite
 from l2p_fast.errors import UserError
-from l2p_fast.models.detailer.head import DetailerHead
+from l2p_fast.models.detailer import DetailerHead
 
 QUICK = SCALES["quick"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from l2p_fast.errors import UserError
-from l2p_fast.models.detailer.head import DetailerHead
+from l2p_fast.models.detailer import DetailerHead
 from l2p_fast.ops.head import fused_levels
 from l2p_fast.variants import OF_PATCH
 

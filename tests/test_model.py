@@ -51,6 +51,23 @@ def inputs(height, width, lengths, seed=0):
     return torch.randn(batch, 3, height, width), torch.rand(batch), [torch.randn(n, 24) for n in lengths]
 
 
+@torch.no_grad()
+def test_blocks_are_named_in_order_of_execution():
+    model = tiny()
+    names = [name for name, _ in model.blocks()]
+    assert names == ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"]
+    ran = []
+    for name, block in model.blocks():
+        assert model.get_submodule(name) is block
+        block.register_forward_hook(lambda *_, name=name: ran.append(name))
+    model.forward(*inputs(64, 64, [5]))
+    assert sorted(ran) == sorted(names) and [n for n in ran if n in names[2:]] == names[2:]
+    modulations = model.prepare([torch.randn(5, 24)], 64, 64, timesteps=torch.tensor([0.5])).modulations
+    assert len(modulations) == len(model.modulated_blocks) == 3
+    assert model.head is model.local_decoder
+    assert {name.split(".")[0] + "." for name in model.state_dict()} > set(model.pixel_parts)
+
+
 # --- Agreement -------------------------------------------------------------------------------------------------------
 def golden(patch):
     folder = GOLDENS / f"patch{patch}"

@@ -704,7 +704,7 @@ def _head_width(head: Mapping[str, tuple[int, ...]], patch: int, dim: int) -> fl
 
 
 def _head_shapes(patch: int, dim: int, width: float) -> dict[str, tuple[int, ...]]:
-    from ..models.detailer.head import DetailerHead
+    from ..models.detailer import DetailerHead
 
     with torch.device("meta"):
         return {key: tuple(v.shape) for key, v in DetailerHead(patch, dim, width).state_dict().items()}

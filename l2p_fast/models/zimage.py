@@ -10,7 +10,7 @@ a batch of them rectangular stands at the end and is never attended (`Keys`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ from .blocks import (
     TransformerBlock,
     rope_tables,
 )
-from .detailer.head import DetailerHead
+from .detailer import DetailerHead
 
 
 @dataclass
@@ -89,6 +89,8 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     _skip_layerwise_casting_patterns = ["t_embedder", "cap_embedder", "norm"]
     # Small or sensitive linears: for `llm_int8_skip_modules` and the like. The head's convolutions are never quantized.
     quantization_skip_modules = ["t_embedder", "cap_embedder", "all_x_embedder", "adaLN_modulation"]
+    # What the latent model has in no usable form: an initialization from it draws these anew and copies all else.
+    pixel_parts = ("all_x_embedder.", "local_decoder.")
 
     @register_to_config
     def __init__(
@@ -163,9 +165,23 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         return OF_PATCH[self.patch_size].size_multiple
 
     @property
+    def head(self) -> DetailerHead:
+        """What turns the transformer's features into pixels."""
+        return self.local_decoder
+
+    def blocks(self) -> Iterator[tuple[str, TransformerBlock]]:
+        """(dotted name, block) of every transformer block, in order of execution.
+
+        Freezing, sharding, checkpointing, quantizing and memory planning go by this and name no attribute of one model.
+        """
+        for stack in ("noise_refiner", "context_refiner", "layers"):
+            for i, block in enumerate(getattr(self, stack)):
+                yield f"{stack}.{i}", block
+
+    @property
     def modulated_blocks(self) -> list[TransformerBlock]:
         """The blocks that the timestep modulates, in the order of `Conditioning.modulations`."""
-        return [*self.noise_refiner, *self.layers]
+        return [block for _, block in self.blocks() if block.modulation]
 
     def forward(
         self,
@@ -197,7 +213,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         features = self.features(pixels, t, cap_feats, cond=cond, step=step)
         if windows is not None:
             pixels, features = cut(pixels, windows, self.patch_size), cut(features, windows)
-        return self.local_decoder(pixels, features)
+        return self.head(pixels, features)
 
     def features(
         self,
@@ -221,7 +237,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
                 f"the text conditioning is for {cond.text.shape[0]} samples of {cond.size[0]} x {cond.size[1]}, "
                 f"pixels are {batch} of {height} x {width}"
             )
-        temb, modulations = None, [None] * len(self.modulated_blocks)
+        temb, modulations = None, [None] * (len(self.noise_refiner) + len(self.layers))
         if step is None:
             if t is None or t.shape != (batch,):
                 raise UserError(f"t must be ({batch},), one per sample, got {None if t is None else tuple(t.shape)}")

@@ -27,7 +27,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 
 from .. import ops
 from ..errors import UserError
-from ..models.detailer.head import AUTO_MEMORY_MB
+from ..models.detailer import AUTO_MEMORY_MB
 from ..models.text import encode_prompts
 from ..variants import NATIVE_TOKENS, OF_PATCH, SHIFT, nearest_sizes
 from . import flow

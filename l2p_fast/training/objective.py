@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.detailer.head import DetailerHead
+from ..models.detailer import DetailerHead
 from ..models.zimage import cut
 from ..sampling import flow
 from .config import GridConfig, ObjectiveConfig
