@@ -465,11 +465,11 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype | None, str
     """The dtype to load in (None: as the checkpoint is) and why, as words for the header."""
     import torch
 
+    from .ops import cpu_has_fast_bf16
+
     if name != "auto":
         return getattr(torch, name), ""
-    if device.type == "cpu" and not (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if device.type == "cpu" and not cpu_has_fast_bf16():
         return torch.float32, " (this CPU has no fast bfloat16)"
     return None, ""
 

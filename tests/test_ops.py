@@ -184,6 +184,13 @@ def test_works_and_says_so_without_the_extension():
     assert said == "switched off by L2P_EXTENSION=0; plain PyTorch paths are used"
 
 
+def test_an_avx2_cpu_can_be_pretended(monkeypatch):
+    assert run_python("from l2p_fast import ops; print(ops.cpu_has_fast_bf16())", L2P_CPU="avx2") == "False"
+    monkeypatch.setenv("L2P_CPU", "i386")
+    with pytest.raises(UserError, match="L2P_CPU must be avx2 or unset, got 'i386'"):
+        ops.cpu_has_fast_bf16.__wrapped__()
+
+
 def test_a_broken_extension_is_named(tmp_path, monkeypatch):
     (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
     monkeypatch.setattr(ops, "_PACKAGE", tmp_path)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_pipeline import save_tiny
 
-from l2p_fast import __version__, sample
+from l2p_fast import __version__, ops, sample
 from l2p_fast.errors import UserError
 from l2p_fast.formats.checkpoint import save_single_file
 from l2p_fast.sampling.pipeline import L2PPipeline
@@ -46,10 +46,11 @@ def test_a_picture_its_text_and_the_report(run, model, capsys):
     assert image.size == (32, 32) and image.mode == "RGB"
     assert image.info["prompt"] == "a red star" and image.info["seed"] == "7" and image.info["negative"] == "雾"
     settings = json.loads(image.info["l2p_fast"])
-    wanted = {"steps": 2, "guidance": 2.0, "shift": 3.0, "dtype": "bfloat16", "cfg_batch": "on", "version": __version__}
+    dtype = "bfloat16" if ops.cpu_has_fast_bf16() else "float32"  # the checkpoint's own, but where it is slow
+    wanted = {"steps": 2, "guidance": 2.0, "shift": 3.0, "dtype": dtype, "cfg_batch": "on", "version": __version__}
     assert settings.items() >= wanted.items() and settings["model"] == str(model)
     said = capsys.readouterr()
-    for word in ("patch 16", "cpu (", "bfloat16", "native", "extension", "s a step", "peak memory", "GiB", "star.png"):
+    for word in ("patch 16", "cpu (", dtype, "native", "extension", "s a step", "peak memory", "GiB", "star.png"):
         assert word in said.out
     assert "it/s" not in said.err  # no bar where there is no terminal
     assert list(Path().iterdir()) == [Path("star.png")]

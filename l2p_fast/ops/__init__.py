@@ -1,7 +1,8 @@
 """Custom operators. Each works without the compiled extension: PyTorch's dispatcher then runs the plain reference.
 
 The schema, the reference, the shape function and the backward of an op live in its Python file; ``l2p_fast/_C.abi3.so``
-adds CPU and CUDA kernels for it. Set ``L2P_EXTENSION=0`` to leave the extension out.
+adds CPU and CUDA kernels for it. Set ``L2P_EXTENSION=0`` to leave the extension out, ``L2P_CPU=avx2`` to leave out what
+needs more than AVX2.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .cpu import cpu_has_fast_bf16
 from .norm import (
     Rope,
     apply_rope,
@@ -31,6 +33,7 @@ __all__ = [
     "Rope",
     "apply_rope",
     "build_info",
+    "cpu_has_fast_bf16",
     "euler_step",
     "euler_step_",
     "euler_step_reference",
