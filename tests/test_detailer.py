@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from l2p_fast.errors import UserError
-from l2p_fast.models.detailer import DetailerHead
-from l2p_fast.ops.head import fused_levels
+from l2p_fast.models.detailer import DetailerHead, bands
+from l2p_fast.ops import fused_levels
 from l2p_fast.variants import OF_PATCH
 
 WHOLE = 10**6
@@ -65,13 +65,13 @@ def test_whole_equals_reference(patch):
     "patch,rows", [(16, 1), (16, 24), (16, 40), (64, 8), (64, 56), (128, 16), (128, 200), (160, 80)]
 )
 @torch.no_grad()
-def test_banded_equals_whole(patch, rows):
+def test_banded_equals_whole(patch, rows, monkeypatch):
     head, pixels, features = head_and_inputs(patch, batch=2)
     features = features.to(memory_format=torch.channels_last)
     whole = head(pixels, features, band_rows=WHOLE)
     seen = []
-    sweep = head._sweep
-    head._sweep = lambda *args: seen.append(args) or sweep(*args)
+    sweep = bands.sweep
+    monkeypatch.setattr(bands, "sweep", lambda *args: seen.append(args) or sweep(*args))
     banded = head(pixels, features, band_rows=rows)
     assert len(seen) == 2 and banded.is_contiguous()
     assert error(banded, whole) <= 1e-6
@@ -95,7 +95,8 @@ def test_smaller_budgets_take_less():
     depths = [banded for banded, _ in plans]
     assert depths == sorted(depths) and depths[0] == 3 and depths[-1] == 5
     for (banded, rows), mb in zip(plans, (1000, 400, 256), strict=False):
-        assert head._band_bytes(banded, rows, 4096, torch.bfloat16) <= mb * 2**20
+        assert bands.band_bytes(head.levels[:banded], rows, 4096, torch.bfloat16) <= mb * 2**20
+        assert head.peak_bytes(pixels, torch.bfloat16, memory_mb=mb) >= mb * 2**17
         assert rows % 2**banded == 0
 
 
@@ -175,7 +176,7 @@ def test_outer_levels_alone_can_be_fused():
     head, pixels, features = head_and_inputs(64, dtype=torch.bfloat16)
     fused = head(pixels, features, band_rows=64)
     head._fused_count = lambda device, dtype: head.table_banded
-    head._prepared = None
+    head._kernels = None
     assert error(head(pixels, features, band_rows=64).float(), fused.float()) <= 1e-2
 
 
@@ -183,8 +184,8 @@ def test_outer_levels_alone_can_be_fused():
 @torch.no_grad()
 def test_changed_weights_are_noticed():
     head, pixels, features = head_and_inputs(16, dtype=torch.bfloat16)
-    before, prepared = head(pixels, features), head._prepared
-    assert torch.equal(head(pixels, features), before) and head._prepared is prepared  # packed once
+    before, kernels = head(pixels, features), head._kernels
+    assert torch.equal(head(pixels, features), before) and head._kernels is kernels  # packed once
     changes = {
         "in place": lambda: head.up1[1].weight.mul_(2),
         "through .data": lambda: [p.data.mul_(2) for p in head.parameters()],
@@ -206,10 +207,10 @@ def test_what_is_no_plain_convolution_is_left_to_the_library():
 
     head, pixels, features = head_and_inputs(16, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert head._fused(pixels.device, torch.bfloat16) is not None
+        assert head.kernels(pixels.device, torch.bfloat16) is not None
         head.enc1[0] = Adapted(3, head.levels[0].enc, 3, padding=1).bfloat16()
-        assert head._fused(pixels.device, torch.bfloat16) is None
-    assert head._fused(pixels.device, torch.bfloat16) is None  # nor with gradients
+        assert head.kernels(pixels.device, torch.bfloat16) is None
+    assert head.kernels(pixels.device, torch.bfloat16) is None  # nor with gradients
 
 
 def test_refuses_what_does_not_fit():

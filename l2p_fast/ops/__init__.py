@@ -14,6 +14,17 @@ from pathlib import Path
 import torch
 
 from .cpu import cpu_has_fast_bf16
+from .head import (
+    DecoderWeights,
+    EncoderWeights,
+    decoder_weights,
+    encoder_weights,
+    fused_levels,
+    head_decode,
+    head_decode_reference,
+    head_encode,
+    head_encode_reference,
+)
 from .norm import (
     Rope,
     apply_rope,
@@ -30,16 +41,25 @@ from .silu import silu_mul, silu_mul_reference
 from .update import euler_step, euler_step_, euler_step_reference, to_uint8, to_uint8_reference
 
 __all__ = [
+    "DecoderWeights",
+    "EncoderWeights",
     "Rope",
     "apply_rope",
     "build_info",
     "cpu_has_fast_bf16",
+    "decoder_weights",
+    "encoder_weights",
     "euler_step",
     "euler_step_",
     "euler_step_reference",
     "extension_status",
+    "fused_levels",
     "gate_norm_residual",
     "gate_norm_residual_reference",
+    "head_decode",
+    "head_decode_reference",
+    "head_encode",
+    "head_encode_reference",
     "norm_modulate",
     "norm_modulate_reference",
     "patchify",

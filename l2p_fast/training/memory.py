@@ -106,17 +106,9 @@ def _activations(config: Config, model: nn.Module, grid: GridConfig, batch: int)
 
 def head_bytes(model: nn.Module, batch: int, height: int, width: int, dtype: torch.dtype, budget_mb: float) -> int:
     """What the Detailer Head takes for a backward pass, in bands where it would not fit whole."""
-    head = model.local_decoder
     with torch.enable_grad():
         pixels = torch.empty(batch, 3, height, width, device="meta")
-        banding = head.plan(pixels, dtype, memory_mb=budget_mb)
-        if banding is None:
-            return head._whole_bytes(0, batch, height, width, dtype)
-        banded, rows = banding
-        pooled = batch * (height >> banded) * (width >> banded)
-        passed_on = pooled * (head.levels[banded - 1].enc + head.levels[banded].dec) * dtype.itemsize * 2
-        inner = head._whole_bytes(banded, batch, height >> banded, width >> banded, dtype)
-        return passed_on + inner + head._band_bytes(banded, rows, width, dtype)
+        return model.head.peak_bytes(pixels, dtype, memory_mb=budget_mb)
 
 
 def block_bytes(axes_dims: tuple[int, ...], dtype: torch.dtype) -> tuple[float, float]:

@@ -1,0 +1,112 @@
+"""The two ways to run a level of the Detailer Head (`bands.Run`): by the library's convolutions, or by one op each.
+
+The op composes the decoder's convolutions (ops/head.py). It has no gradients and wants plain weights in bfloat16; all
+else is the library's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops import decoder_weights, encoder_weights, head_decode, head_encode
+from .bands import Rows
+
+if TYPE_CHECKING:
+    from .head import DetailerHead
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU, in place where no gradient needs the input."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class Library:
+    """Levels by the library's convolutions, differentiable.
+
+    A convolution pads every edge of its window with zeros. At the image's own edge that is right; elsewhere the window
+    has one row more than wanted, and the row that the padding spoiled is cut off.
+    """
+
+    def __init__(self, head: DetailerHead, dtype: torch.dtype):
+        self.head, self.dtype = head, dtype
+
+    def encode(
+        self, k: int, x: Tensor, held: Rows, rows: Rows, keep: bool = True, pool: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        enc, _, _ = self.head.convolutions(k)
+        needed = rows.grow(1)
+        window = needed.of(x, held).to(self.dtype, memory_format=torch.channels_last)
+        skip = silu(rows.of(enc(window), needed))
+        return skip, F.max_pool2d(skip, 2) if pool else None
+
+    def decode(self, k: int, x: Tensor, held: Rows, skip: Tensor, skip_held: Rows, rows: Rows) -> Tensor:
+        _, up, dec = self.head.convolutions(k)
+        needed, wide = rows.grow(1), rows.grow(2)
+        covered = wide.pooled()
+        x = wide.of(F.interpolate(covered.of(x, held), scale_factor=2.0), covered.doubled())
+        x = needed.of(up(x), wide)
+        x = torch.cat([x, needed.of(skip, skip_held)], dim=1)
+        x = silu(rows.of(dec(x), needed))
+        return self.head.out_conv(x) if k == 0 else x
+
+
+class Kernels:
+    """The outer ``count`` levels by one op each, with weights composed and packed once. No gradients."""
+
+    def __init__(self, head: DetailerHead, count: int):
+        self.state, self.biases = self._state(head), self._biases(head)
+        self.inner = Library(head, head.out_conv.weight.dtype)
+        convolutions = [head.convolutions(k) for k in range(count)]
+        self.encoders = [encoder_weights(enc) for enc, _, _ in convolutions]
+        self.decoders = [
+            decoder_weights(up, dec, head.out_conv if k == 0 else None) for k, (_, up, dec) in enumerate(convolutions)
+        ]
+
+    def is_of(self, head: DetailerHead) -> bool:
+        """Whether the head's weights are still those."""
+        return self.state == self._state(head) and torch.equal(self.biases, self._biases(head))
+
+    @staticmethod
+    def _state(head: DetailerHead) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in head.parameters()]
+
+    @staticmethod
+    def _biases(head: DetailerHead) -> Tensor:
+        """Writing through ``.data`` changes no version; what trains or averages weights so changes biases, too."""
+        return torch.cat([p.detach() for p in head.parameters() if p.ndim == 1])
+
+    def encode(
+        self, k: int, x: Tensor, held: Rows, rows: Rows, keep: bool = True, pool: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        if k >= len(self.encoders):
+            return self.inner.encode(k, x, held, rows, keep, pool)
+        skip, pooled = head_encode(
+            x.permute(0, 2, 3, 1),
+            self.encoders[k],
+            x_start=held.start,
+            start=rows.start,
+            stop=rows.stop,
+            height=rows.height,
+            keep=keep,
+            pool=pool,
+        )
+        return skip.permute(0, 3, 1, 2), pooled.permute(0, 3, 1, 2)
+
+    def decode(self, k: int, x: Tensor, held: Rows, skip: Tensor, skip_held: Rows, rows: Rows) -> Tensor:
+        if k >= len(self.decoders):
+            return self.inner.decode(k, x, held, skip, skip_held, rows)
+        out = head_decode(
+            x.permute(0, 2, 3, 1),
+            skip.permute(0, 2, 3, 1),
+            self.decoders[k],
+            x_start=held.start,
+            skip_start=skip_held.start,
+            start=rows.start,
+            stop=rows.stop,
+            height=rows.height,
+        )
+        return out if k == 0 else out.permute(0, 3, 1, 2)
