@@ -1,7 +1,7 @@
 """``python -m l2p_fast.convert init | merge | export``: make checkpoints out of checkpoints.
 
 Everything is checked by names and shapes before the first byte is written, then streamed tensor by tensor: memory stays
-small whatever the model's size. Left out: quantizing, and merging LoRAs (`formats.checkpoint.load_lora` does that).
+small whatever the model's size. Left out: quantizing, and merging LoRAs (`formats.lora.load_lora` does that).
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from pathlib import Path
 
 import torch
 
-from .errors import UserError, run_cli
-from .formats.checkpoint import LAYOUTS, Checkpoint, Piece, few, misshapen, model_shapes, write_pieces
+from .errors import UserError, few, run_cli
+from .formats.checkpoint import Checkpoint, misshapen
+from .formats.names import LAYOUTS
+from .formats.shapes import model_shapes
+from .formats.write import Piece, write_pieces
 from .variants import OF_PATCH, VARIANTS
 
 DTYPE_OF = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -97,10 +100,8 @@ def merge(args: argparse.Namespace) -> None:
         raise UserError(f"--ema goes with a checkpoint folder of a training run; {args.delta} is none")
     delta, base = TrainedTensors(args.delta, args.ema) if in_training else Checkpoint(args.delta), Checkpoint(args.base)
     if delta.kind() == "lora":
-        raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.formats.checkpoint.load_lora(model, FILE)")
-    base.demand("l2p")
-    wanted = model_shapes(base.model_config())
-    base.compare(wanted)
+        raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.formats.lora.load_lora(model, FILE)")
+    wanted = model_shapes(base.l2p_config())
     shapes = delta.shapes
     unknown = [delta.tensors[key].name for key in shapes if key not in wanted]
     wrong = misshapen(shapes, wanted)
@@ -130,9 +131,7 @@ def merge(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """The same weights in another layout; quantized ones are dequantized."""
     source = Checkpoint(args.source)
-    source.demand("l2p")
-    wanted = model_shapes(source.model_config())
-    source.compare(wanted)
+    wanted = model_shapes(source.l2p_config())
     if args.prefix and args.layout != "comfyui":
         raise UserError("--prefix goes with --layout comfyui; the published layout has none")
     if not re.fullmatch(r"([A-Za-z0-9_]+\.)*", args.prefix):

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(ValueError):
     """A mistake of the user's: the message says what was wanted, what came and how to mend it."""
+
+
+def few(names: Iterable[Any], most: int = 3) -> str:
+    """``a, b, c and 7 more``: as many names as a message of one line can hold."""
+    names = [str(name) for name in names]
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

@@ -275,7 +275,7 @@ def check_same(config: Config, other: dict, place: Path) -> None:
 
 def export(folder: Path, average: EMA) -> None:
     """Write the trained tensors alone (`l2p_fast.convert merge` puts them over the base), averaged ones beside them."""
-    from .formats.checkpoint import write_pieces
+    from .formats.write import write_pieces
 
     last = checkpoints.complete(folder)[-1]
     for name, averaged in (("trained", False), ("trained-ema", True)):

@@ -14,6 +14,12 @@ from typing import NamedTuple
 
 NATIVE_TOKENS = 64  # a side of the token grid at every variant's native size
 SHIFT = 3.0  # of the noise schedule
+BOTTLENECK = 512  # channels inside the Detailer Head
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """``channels`` of a head whose channels are multiplied by ``width``: a multiple of 4; the 3-channel ends stay."""
+    return channels if channels == 3 else max(4, 4 * round(channels * width / 4))
 
 
 class Level(NamedTuple):
@@ -23,6 +29,10 @@ class Level(NamedTuple):
     enc: int
     up: int
     dec: int
+
+    def scaled(self, width: float) -> Level:
+        """The level of a head whose channels are multiplied by ``width``."""
+        return Level(self.name, *(scaled_channels(channels, width) for channels in self[1:]))
 
 
 @dataclass(frozen=True)

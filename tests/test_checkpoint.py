@@ -11,7 +11,13 @@ from goldens import GOLDENS
 from safetensors.torch import load_file, save_file
 
 from l2p_fast.errors import UserError
-from l2p_fast.formats import checkpoint as ckpt
+from l2p_fast.formats import values
+from l2p_fast.formats.checkpoint import Checkpoint, load_state
+from l2p_fast.formats.lora import load_lora
+from l2p_fast.formats.names import LAYOUTS
+from l2p_fast.formats.shapes import infer_config, model_shapes
+from l2p_fast.formats.write import save_single_file
+from l2p_fast.loading import load_model
 from l2p_fast.models.zimage import L2PTransformer2DModel
 
 TINY = {
@@ -58,11 +64,11 @@ def test_configuration_from_shapes_alone(patch, width):
     with torch.device("meta"):
         model = L2PTransformer2DModel(all_patch_size=(patch,), **TINY | {"head_width": width})
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = ckpt.infer_config(shapes)
+    found = infer_config(shapes)
     assert {k: model.config[k] for k in found if k != "head_width"} == {
         k: v for k, v in found.items() if k != "head_width"
     }
-    assert ckpt.model_shapes(found) == shapes
+    assert model_shapes(found) == shapes
 
 
 @pytest.mark.parametrize("size", ["1k", "4k", "8k", "10k"])
@@ -71,10 +77,10 @@ def test_published_manifest(size):
     if not manifest.is_file():
         pytest.skip(f"no manifest at {manifest}: set L2P_GOLDENS")
     shapes = {key: tuple(shape) for key, shape in json.loads(manifest.read_text()).items()}
-    found = ckpt.infer_config(shapes)
+    found = infer_config(shapes)
     assert (found["dim"], found["n_layers"], found["n_heads"], found["cap_feat_dim"]) == (3840, 30, 30, 2560)
     assert found["axes_dims"] == (32, 48, 48) and found["head_width"] == 1.0
-    assert ckpt.model_shapes(found) == shapes
+    assert model_shapes(found) == shapes
 
 
 @pytest.mark.parametrize("patch", [16, 64, 160])
@@ -94,17 +100,17 @@ def test_published_1k_file_mixes_f32_and_bf16(tmp_path):
     state = state_of(tiny())
     mixed = {key: value.float() if key.startswith("layers.1.") else value for key, value in state.items()}
     save_file(mixed, tmp_path / "m.safetensors")
-    model = ckpt.load_model(tmp_path / "m.safetensors")
+    model = load_model(tmp_path / "m.safetensors")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not model.training
     assert_holds(model, state)
-    assert {p.dtype for p in ckpt.load_model(tmp_path / "m.safetensors", torch.float32).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(tmp_path / "m.safetensors", torch.float32).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtype_follows_the_file(tmp_path, dtype):
     save_file(state_of(tiny(), dtype), tmp_path / "m.safetensors")
-    assert ckpt.load_model(tmp_path / "m.safetensors").dtype == dtype
+    assert load_model(tmp_path / "m.safetensors").dtype == dtype
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
@@ -113,7 +119,7 @@ def test_comfyui_layout(tmp_path, prefix, patch):
     state = state_of(tiny(patch))
     other = {"vae.decoder.weight": torch.zeros(3)} if prefix.startswith("model.") else {}
     save_file(comfy(state, prefix) | other, tmp_path / "m.safetensors")
-    assert_holds(ckpt.load_model(tmp_path / "m.safetensors"), state)
+    assert_holds(load_model(tmp_path / "m.safetensors"), state)
 
 
 @pytest.mark.parametrize("form", ["int8_tensorwise", "float8_e4m3fn"])
@@ -134,8 +140,8 @@ def test_quantized_file_is_dequantized(tmp_path, form, per_row):
         file[name.replace(".weight", ".comfy_quant")] = torch.tensor(list(note), dtype=torch.uint8)
     save_file(file, tmp_path / "m.safetensors")
     dequantized = comfy(state, "model.diffusion_model.") | wanted
-    assert ckpt.load_model(tmp_path / "m.safetensors").dtype == torch.bfloat16
-    got = comfy(ckpt.load_model(tmp_path / "m.safetensors", torch.float32).state_dict(), "model.diffusion_model.")
+    assert load_model(tmp_path / "m.safetensors").dtype == torch.bfloat16
+    got = comfy(load_model(tmp_path / "m.safetensors", torch.float32).state_dict(), "model.diffusion_model.")
     for name, value in dequantized.items():
         torch.testing.assert_close(got[name], value.float(), rtol=1e-6, atol=0)
 
@@ -145,7 +151,7 @@ def test_float8_without_a_scale_and_one_row(tmp_path):
     key = "layers.0.feed_forward.w1.weight"
     state[key] = state[key].to(torch.float8_e4m3fn)
     save_file(state, tmp_path / "m.safetensors")
-    assert torch.equal(ckpt.Checkpoint(tmp_path / "m.safetensors").tensor(key, torch.float32), state[key].float())
+    assert torch.equal(Checkpoint(tmp_path / "m.safetensors").tensor(key, torch.float32), state[key].float())
 
 
 def test_rotated_int8_is_rotated_back(tmp_path):
@@ -162,12 +168,12 @@ def test_rotated_int8_is_rotated_back(tmp_path):
         base + "comfy_quant": torch.tensor(list(note), dtype=torch.uint8),
     }
     save_file(file, tmp_path / "m.safetensors")
-    got = ckpt.Checkpoint(tmp_path / "m.safetensors").tensor(key, torch.float32)
+    got = Checkpoint(tmp_path / "m.safetensors").tensor(key, torch.float32)
     assert (got - state[key]).norm() / state[key].norm() < 0.01
 
 
 def test_pieces_smaller_than_a_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(ckpt, "CHUNK", 1000)
+    monkeypatch.setattr(values, "CHUNK", 1000)
     state = state_of(tiny())
     file = comfy(state)
     name = "layers.2.attention.qkv.weight"
@@ -175,7 +181,7 @@ def test_pieces_smaller_than_a_tensor(tmp_path, monkeypatch):
     file[name] = torch.randint(-128, 127, (192, 64), dtype=torch.int8)
     file[name + "_scale"] = scale
     save_file(file, tmp_path / "m.safetensors")
-    model = ckpt.load_model(tmp_path / "m.safetensors", torch.float32)
+    model = load_model(tmp_path / "m.safetensors", torch.float32)
     whole = file[name].float() * scale
     for i, x in enumerate("qkv"):
         assert torch.equal(model.state_dict()[f"layers.2.attention.to_{x}.weight"], whole[64 * i : 64 * (i + 1)])
@@ -186,46 +192,46 @@ def test_shards_index_and_folders(tmp_path):
     state = state_of(model, torch.float32)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    folder = ckpt.load_model(tmp_path / "sharded")
+    folder = load_model(tmp_path / "sharded")
     assert_holds(folder, state)
     assert folder.config.rope_grid == 8  # no shape tells it: config.json does
-    assert_holds(ckpt.load_model(next((tmp_path / "sharded").glob("*.index.json"))), state)
+    assert_holds(load_model(next((tmp_path / "sharded").glob("*.index.json"))), state)
     pipeline = tmp_path / "pipeline"
     model.save_pretrained(pipeline / "transformer")
     (pipeline / "model_index.json").write_text("{}")
-    assert_holds(ckpt.load_model(pipeline), state)
+    assert_holds(load_model(pipeline), state)
     single = tmp_path / "single"
     single.mkdir()
     save_file(state, single / "whatever.safetensors")
-    assert_holds(ckpt.load_model(single), state)
+    assert_holds(load_model(single), state)
     loose = tmp_path / "loose"
     loose.mkdir()
     keys = sorted(state)
     save_file({k: state[k] for k in keys[::2]}, loose / "m-00001-of-00002.safetensors")
     save_file({k: state[k] for k in keys[1::2]}, loose / "m-00002-of-00002.safetensors")
-    assert_holds(ckpt.load_model(loose), state)
+    assert_holds(load_model(loose), state)
 
 
 def test_load_state_is_lazy_and_names_are_ours(tmp_path):
     state = state_of(tiny())
     save_file(comfy(state), tmp_path / "m.safetensors")
-    stream = ckpt.load_state(tmp_path / "m.safetensors")
+    stream = load_state(tmp_path / "m.safetensors")
     assert iter(stream) is stream
     assert all(torch.equal(value, state[key]) for key, value in stream)
-    assert {key for key, _ in ckpt.load_state(tmp_path / "m.safetensors")} == state.keys()
+    assert {key for key, _ in load_state(tmp_path / "m.safetensors")} == state.keys()
 
 
-@pytest.mark.parametrize("layout", ckpt.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_save_single_file(tmp_path, layout):
     model = tiny(rope_grid=16)
-    ckpt.save_single_file(model, tmp_path / "m.safetensors", layout=layout)
+    save_single_file(model, tmp_path / "m.safetensors", layout=layout)
     loaded = load_file(tmp_path / "m.safetensors")  # the library accepts it
     wanted = comfy(state_of(model, torch.float32)) if layout == "comfyui" else state_of(model, torch.float32)
     assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[k], wanted[k]) for k in wanted)
-    again = ckpt.load_model(tmp_path / "m.safetensors")
+    again = load_model(tmp_path / "m.safetensors")
     assert again.config.rope_grid == 16
     assert_holds(again, model.state_dict())
-    ckpt.save_single_file(again.state_dict(), tmp_path / "s.safetensors", dtype=torch.bfloat16)
+    save_single_file(again.state_dict(), tmp_path / "s.safetensors", dtype=torch.bfloat16)
     assert {v.dtype for v in load_file(tmp_path / "s.safetensors").values()} == {torch.bfloat16}
 
 
@@ -233,7 +239,7 @@ def test_nan_is_never_saved(tmp_path):
     model = tiny()
     model.x_pad_token.data[0, 3] = torch.nan
     with pytest.raises(UserError, match="x_pad_token holds NaN"):
-        ckpt.save_single_file(model, tmp_path / "m.safetensors")
+        save_single_file(model, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -277,7 +283,7 @@ def test_lora_merges(tmp_path, style):
     deltas = lora_file(tmp_path / "l.safetensors", style)
     model = tiny()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert ckpt.load_lora(model, tmp_path / "l.safetensors", scale=0.5) == 4
+    assert load_lora(model, tmp_path / "l.safetensors", scale=0.5) == 4
     for key, value in model.state_dict().items():
         change = deltas.get(key.removesuffix(".weight"))
         wanted = before[key] if change is None else before[key] + 0.5 * change
@@ -290,8 +296,8 @@ def test_lora_as_adapter_equals_merged(tmp_path):
     args = torch.randn(1, 3, 32, 32), torch.tensor([0.3]), [torch.randn(5, 48)]
     with torch.no_grad():
         plain = adapted(*args)
-        ckpt.load_lora(merged, tmp_path / "l.safetensors", 0.01)
-        ckpt.load_lora(adapted, tmp_path / "l.safetensors", 0.01, adapter="style")
+        load_lora(merged, tmp_path / "l.safetensors", 0.01)
+        load_lora(adapted, tmp_path / "l.safetensors", 0.01, adapter="style")
         torch.testing.assert_close(adapted(*args), merged(*args), rtol=1e-4, atol=1e-5)
         adapted.disable_adapters()
         assert torch.equal(adapted(*args), plain)
@@ -300,14 +306,14 @@ def test_lora_as_adapter_equals_merged(tmp_path):
 def test_lora_of_another_model_is_refused(tmp_path):
     save_file({"layers.77.attention.to_q.lora_A.weight": torch.zeros(4, 64)}, tmp_path / "half.safetensors")
     with pytest.raises(UserError, match="lacks one half"):
-        ckpt.load_lora(tiny(), tmp_path / "half.safetensors")
+        load_lora(tiny(), tmp_path / "half.safetensors")
     pair = {f"layers.77.attention.to_q.lora_{x}.weight": torch.zeros(s) for x, s in (("A", (4, 64)), ("B", (64, 4)))}
     save_file(pair, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not in this model"):
-        ckpt.load_lora(tiny(), tmp_path / "other.safetensors")
+        load_lora(tiny(), tmp_path / "other.safetensors")
     save_file({"layers.0.attention.to_q.hada_w1_a": torch.zeros(4, 4)}, tmp_path / "loha.safetensors")
     with pytest.raises(UserError, match="hada_w1_a"):
-        ckpt.load_lora(tiny(), tmp_path / "loha.safetensors")
+        load_lora(tiny(), tmp_path / "loha.safetensors")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -321,17 +327,18 @@ def test_peak_memory_is_the_model_and_its_largest_tensor(tmp_path):
     numbers = [2 * value.numel() for value in state.values()]
     code = f"""
     import torch
-    from l2p_fast.formats import checkpoint
+    from l2p_fast import loading
+    from l2p_fast.models.zimage import build_empty
     torch.set_num_threads(1)
-    checkpoint.build_empty({config | {"all_patch_size": (64,)}!r})  # warm imports
+    build_empty({config | {"all_patch_size": (64,)}!r})  # warm imports
     torch.zeros(4).to(torch.bfloat16).isfinite().all()
     open("/proc/self/clear_refs", "w").write("5")
     peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
     before = peak()
-    loaded = checkpoint.load_model({str(tmp_path / "m.safetensors")!r}, torch.bfloat16)
+    loaded = loading.load_model({str(tmp_path / "m.safetensors")!r}, torch.bfloat16)
     print(peak() - before)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     used = int(done.stdout.split()[-1])
-    bound = sum(numbers) + max(numbers) + 2 * ckpt.CHUNK  # a piece in the file's dtype, and the allocator's slack
+    bound = sum(numbers) + max(numbers) + 2 * values.CHUNK  # a piece in the file's dtype, and the allocator's slack
     assert used <= bound < 2 * sum(numbers), (used, bound)

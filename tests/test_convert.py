@@ -12,7 +12,7 @@ from test_checkpoint import TINY, comfy, state_of, tiny
 
 from l2p_fast.convert import main
 from l2p_fast.errors import UserError
-from l2p_fast.formats import checkpoint as ckpt
+from l2p_fast.loading import load_model
 
 
 def latent():
@@ -36,7 +36,7 @@ def test_init_from_latent_folder(tmp_path, latent_folder, res, patch, capsys):
     out = tmp_path / "init.safetensors"
     assert main(["init", str(latent_folder), "--res", res, "--head-width", "0.125", "--out", str(out)]) == 0
     source, made = latent().to(torch.bfloat16).state_dict(), load_file(out)
-    model = ckpt.load_model(out)
+    model = load_model(out)
     assert model.patch_size == patch and model.config.t_scale == 500.0 and model.config.head_width == 0.125
     new = [key for key in made if key not in source]
     assert all(key.startswith((f"all_x_embedder.{patch}-1.", "local_decoder.")) for key in new)
@@ -68,7 +68,7 @@ def test_init_from_a_single_latent_file_in_comfyui_names(tmp_path):
     main(["init", str(tmp_path / "z.safetensors"), "--res", "1k", "--out", str(tmp_path / "o.safetensors")])
     made = load_file(tmp_path / "o.safetensors")
     assert all(torch.equal(made[key], state[key]) for key in made if key in state)
-    assert ckpt.load_model(tmp_path / "o.safetensors").patch_size == 16
+    assert load_model(tmp_path / "o.safetensors").patch_size == 16
 
 
 @pytest.mark.parametrize("res, patch", [("8k", 128), ("10k", 160)])
@@ -82,7 +82,7 @@ def test_init_from_4k_by_equal_keys(tmp_path, res, patch, capsys):
     assert all(torch.equal(made[key], state[key]) for key in equal)
     assert "local_decoder.dec1.0.weight" in equal  # the head's inner levels are kept
     assert f"copied   {len(equal):>5} tensors" in capsys.readouterr().out
-    assert ckpt.load_model(tmp_path / "o.safetensors").patch_size == patch
+    assert load_model(tmp_path / "o.safetensors").patch_size == patch
 
 
 def test_merge(tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_round_trip_is_bit_exact(tmp_path, patch, prefix):
 def test_export_folder_keeps_what_shapes_do_not_tell(tmp_path):
     tiny(rope_grid=12).save_pretrained(tmp_path / "m", max_shard_size="300KB")
     main(["export", str(tmp_path / "m"), "--layout", "comfyui", "--out", str(tmp_path / "o.safetensors")])
-    assert ckpt.load_model(tmp_path / "o.safetensors").config.rope_grid == 12
+    assert load_model(tmp_path / "o.safetensors").config.rope_grid == 12
 
 
 def test_existing_output_needs_overwrite(tmp_path):

@@ -11,6 +11,7 @@ from goldens import GOLDENS
 from safetensors.torch import load_file
 
 from l2p_fast.errors import UserError
+from l2p_fast.formats.write import save_single_file
 from l2p_fast.models.blocks import rope_tables
 from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.sampling import flow
@@ -292,12 +293,12 @@ def test_save_and_load(tmp_path):
     assert L2PTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_from_single_file_delegates(monkeypatch):
-    import l2p_fast.formats.checkpoint
-
-    monkeypatch.setattr(l2p_fast.formats.checkpoint, "load_model", lambda *args, **kwargs: (args, kwargs))
-    loaded = L2PTransformer2DModel.from_single_file("x.safetensors", torch_dtype=torch.bfloat16, rope_grid=4)
-    assert loaded == (("x.safetensors",), {"dtype": torch.bfloat16, "device": "cpu", "rope_grid": 4})
+def test_from_single_file(tmp_path):
+    model = tiny()
+    save_single_file(model, tmp_path / "m.safetensors")
+    again = L2PTransformer2DModel.from_single_file(tmp_path / "m.safetensors", torch_dtype=torch.float32, rope_grid=4)
+    assert again.config.rope_grid == 4 and not again.training
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_gradient_checkpointing_changes_no_gradient():

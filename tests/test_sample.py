@@ -16,7 +16,7 @@ from tiny_pipeline import save_tiny
 
 from l2p_fast import __version__, ops, sample
 from l2p_fast.errors import UserError
-from l2p_fast.formats.checkpoint import save_single_file
+from l2p_fast.formats.write import save_single_file
 from l2p_fast.sampling.pipeline import L2PPipeline
 
 

@@ -17,7 +17,8 @@ from tiny_training import PICTURES, curve, tiny_model, world_in
 
 from l2p_fast import convert, plot
 from l2p_fast.errors import UserError
-from l2p_fast.formats.checkpoint import Checkpoint, load_model
+from l2p_fast.formats.checkpoint import Checkpoint
+from l2p_fast.loading import load_model
 from l2p_fast.training import state as checkpoints
 from l2p_fast.training.monitor import read_log
 

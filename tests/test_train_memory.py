@@ -19,13 +19,13 @@ from l2p_fast.training.memory import block_bytes
 MEASURE = """
 import json, sys, threading, time
 import bitsandbytes, torch
-from l2p_fast.checkpoint import build_empty
+from l2p_fast.models.zimage import build_empty
 from l2p_fast.training import memory
 from l2p_fast.training.config import load_config
 from l2p_fast.training.freeze import freeze
 from l2p_fast.training.objective import losses
 from l2p_fast.training.optim import AdamW
-from l2p_fast.training.quantize import quantize_frozen
+from l2p_fast.quantize.frozen import quantize_frozen
 
 torch.set_num_threads(1)
 config = load_config(None, json.loads(sys.argv[1]))

@@ -18,7 +18,7 @@ from tiny_pipeline import FEATURES
 
 from l2p_fast import train
 from l2p_fast.errors import run_cli
-from l2p_fast.formats.checkpoint import save_single_file
+from l2p_fast.formats.write import save_single_file
 from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.training.data import Features
 from l2p_fast.training.monitor import read_log

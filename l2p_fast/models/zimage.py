@@ -10,8 +10,9 @@ a batch of them rectangular stands at the end and is never attended (`Keys`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,6 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..formats.checkpoint import Checkpoint
 from ..ops import patchify
 from ..variants import OF_PATCH
 from .blocks import (
@@ -145,14 +147,17 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     def from_single_file(
         cls, path, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu", **config
     ) -> L2PTransformer2DModel:
-        """Load a checkpoint of any layout that `load_model` reads. ``config`` overrides arguments.
+        """Load a checkpoint of any layout (see `Checkpoint`), in evaluation mode. ``config`` overrides arguments.
+
+        Every parameter is read straight into ``torch_dtype`` (None: `Checkpoint.default_dtype`) on ``device``.
 
         Raises:
-            UserError: a file that is none, damaged, or of another model.
+            UserError: not a checkpoint, damaged, or of another model.
         """
-        from ..formats.checkpoint import load_model
-
-        return load_model(path, dtype=torch_dtype, device=device, **config)
+        checkpoint = Checkpoint(path)
+        model = build_empty(checkpoint.l2p_config(**config))
+        checkpoint.fill(model, torch_dtype, device)
+        return model.eval()
 
     @property
     def patch_size(self) -> int:
@@ -377,6 +382,19 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
                 raise UserError(
                     f"cap_feats[{i}] must be (at least 1, {width}) text features, got {tuple(features.shape)}"
                 )
+
+
+def build_empty(config: Mapping[str, Any]) -> L2PTransformer2DModel:
+    """The model of ``config`` on the meta device: shapes, no memory.
+
+    Raises:
+        UserError: the constructor refuses ``config``.
+    """
+    try:
+        with torch.device("meta"):
+            return L2PTransformer2DModel(**config)
+    except UserError as error:
+        raise UserError(f"no L2P model has the sizes that these tensors tell: {error}") from error
 
 
 def cut(x: Tensor, windows: Sequence[tuple[int, int, int, int]], unit: int = 1) -> Tensor:

@@ -1,24 +1,26 @@
 """8-bit weights for sampling: the blocks' linear layers in fp8 or int8, each row with a scale, multiplied in 8 bits.
 
 Activations are rounded row by row on the fly, so nothing needs calibration. Off by default, because it changes the
-picture: `quantize` measures by how much. Weights take half the memory of bf16 and 8-bit matrix units are faster.
-Left out: training (frozen 8-bit blocks with gradients are bitsandbytes' work) and 4 bits.
+image: `weight_error` tells how far the weights are off, `quantize` how far one prediction is. Weights take half the
+memory of bf16 and 8-bit matrix units are faster. Left out: training (`frozen` does that) and 4 bits.
 
 M rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.blocks import TransformerBlock
-from ..models.zimage import L2PTransformer2DModel
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 MULTIPLE = 16  # of K and N, that the 8-bit matrix products ask for
+ROWS = 256  # rounded at a time, so that no weight is whole in fp32
 
 
 def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -47,29 +49,55 @@ def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class LowBitLinear(nn.Module):
-    """A bias-free linear layer that holds ``weight`` (N, K) in 8 bits and ``weight_scale`` (N, 1) in fp32."""
+    """A bias-free linear layer that holds ``weight`` (N, K) in 8 bits and ``weight_scale`` (N, 1) in fp32.
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+    Args:
+        shape: (N, K).
+        dtype: int8 or e4m3.
+        device: where the buffers are made; their values come with `load_weight`.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu"):
         super().__init__()
-        weight, scale = encode(linear.weight.detach(), dtype)
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight", torch.empty(shape, dtype=dtype, device=device))
+        self.register_buffer("weight_scale", torch.empty(shape[0], 1, device=device))
+        self.squares = (0.0, 0.0)  # sums over the weight: of what rounding changed, and of the values
+
+    @torch.no_grad()
+    def load_weight(self, chunks: Iterable[Tensor], device: torch.device | str) -> None:
+        """Round the weight, given as its rows in a piece after the other, and keep it on ``device``."""
+        if self.weight.device != torch.device(device):
+            self.weight = torch.empty_like(self.weight, device=device)
+            self.weight_scale = torch.empty_like(self.weight_scale, device=device)
+        first, squares = 0, torch.zeros(2, device=device)
+        for chunk in chunks:
+            for rows in chunk.split(ROWS):
+                rows = rows.to(device, torch.float32)
+                values, scale = encode(rows, self.weight.dtype)
+                self.weight[first : first + len(rows)] = values
+                self.weight_scale[first : first + len(rows)] = scale
+                squares += torch.stack([(values.float() * scale - rows).square().sum(), rows.square().sum()])
+                first += len(rows)
+        self.squares = tuple(squares.tolist())
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """(N, K) in ``dtype``."""
+        return (self.weight.float() * self.weight_scale).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return lowbit_linear(x, self.weight, self.weight_scale)
 
+    def _apply(self, fn, recurse: bool = True):
+        """Moved with the model, but never cast with it."""
+
+        def move(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {self.weight.dtype}"
-
-
-@torch.no_grad()
-def _probe(model: L2PTransformer2DModel) -> Tensor:
-    """The prediction for fixed noise, halfway, on 8 x 8 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    side = 8 * model.size_multiple
-    pixels = torch.randn(1, 3, side, side, generator=generator).to(model.device)
-    text = torch.randn(16, model.config.cap_feat_dim, generator=generator).to(model.device, model.dtype)
-    return model(pixels, torch.tensor([0.5], device=model.device), [text]).float()
 
 
 def check(name: str, device: torch.device) -> None:
@@ -85,18 +113,52 @@ def check(name: str, device: torch.device) -> None:
         raise UserError(f"fp8 needs a Hopper GPU or newer, and this is a {card}; try int8")
 
 
-def quantize_block(block: TransformerBlock, name: str) -> None:
-    """Put a block's linear layers into 8 bits, in place; those for the timestep stay."""
-    for part in (block.attention, block.feed_forward):
-        for path, layer in list(part.named_modules()):
-            if isinstance(layer, nn.Linear) and not any(size % MULTIPLE for size in layer.weight.shape):
-                part.set_submodule(path, LowBitLinear(layer, DTYPES[name]))
+def quantize_block(block: nn.Module, name: str) -> None:
+    """Put a block's linear layers into 8 bits, in place; those with a bias (they are for the timestep) stay.
+
+    Layers on the meta device are replaced by empty ones, to be filled by `LowBitLinear.load_weight`.
+    """
+    for path, layer in list(block.named_modules()):
+        if not isinstance(layer, nn.Linear) or layer.bias is not None:
+            continue
+        weight = layer.weight.detach()
+        if any(size % MULTIPLE for size in weight.shape):
+            continue
+        rounded = LowBitLinear(tuple(weight.shape), DTYPES[name], weight.device)
+        if not weight.is_meta:
+            rounded.load_weight([weight], weight.device)
+        block.set_submodule(path, rounded)
 
 
-def quantize(model: L2PTransformer2DModel, name: str) -> float:
+def weight_error(model: nn.Module) -> float | None:
+    """How far the 8-bit weights of ``model`` are off, relative to their norm: sqrt(sum (q - w)^2 / sum w^2).
+
+    None: it has none.
+    """
+    squares = [module.squares for module in model.modules() if isinstance(module, LowBitLinear)]
+    if not squares:
+        return None
+    wrong, whole = (sum(part) for part in zip(*squares, strict=True))
+    return math.sqrt(wrong / whole) if whole else 0.0
+
+
+@torch.no_grad()
+def _probe(model: nn.Module) -> Tensor:
+    """The prediction for fixed noise, halfway, on 8 x 8 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    side = 8 * model.size_multiple
+    pixels = torch.randn(1, 3, side, side, generator=generator).to(model.device)
+    text = torch.randn(16, model.config.cap_feat_dim, generator=generator).to(model.device, model.dtype)
+    return model(pixels, torch.tensor([0.5], device=model.device), [text]).float()
+
+
+def quantize(model: nn.Module, name: str) -> float:
     """Put the linear layers of all blocks of ``model`` into 8 bits, in place, where the model is now.
 
+    `loading.load_model(quantize=)` does the same while loading, without the whole model in 16 bits.
+
     Args:
+        model: offers ``blocks()``.
         name: "fp8" (e4m3; on a GPU, Hopper or newer) or "int8".
 
     Returns:
@@ -107,6 +169,6 @@ def quantize(model: L2PTransformer2DModel, name: str) -> float:
     """
     check(name, model.device)
     before = _probe(model)
-    for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+    for _, block in model.blocks():
         quantize_block(block, name)
     return float((_probe(model) - before).norm() / before.norm())

@@ -517,24 +517,6 @@ def _awake(module: torch.nn.Module) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
-def load_text_encoder(source: str | os.PathLike, torch_dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """The Qwen3 text encoder and the tokenizer of a folder or hub id with these two subfolders.
-
-    Raises:
-        UserError: they can't be loaded from there.
-    """
-    # By their own modules: transformers' automatic classes take seconds to import.
-    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
-
-    source = os.fspath(source)
-    try:
-        tokenizer = Qwen2Tokenizer.from_pretrained(source, subfolder="tokenizer")
-        return Qwen3Model.from_pretrained(source, subfolder="text_encoder", dtype=torch_dtype), tokenizer
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"can't load a Qwen3 text encoder from {source}: {str(error).splitlines()[0]}") from error
-
-
 def load_pipeline(
     model: str | os.PathLike, text_encoder: str | os.PathLike | None = None, torch_dtype: torch.dtype | None = None
 ) -> L2PPipeline:
@@ -549,7 +531,7 @@ def load_pipeline(
     Raises:
         UserError: a file that can't be used, or no text encoder.
     """
-    from ..formats.checkpoint import load_model
+    from ..loading import load_model, load_text_encoder
 
     model = os.fspath(model)
     is_pipeline = os.path.isfile(os.path.join(model, "model_index.json"))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from ..formats.checkpoint import Checkpoint, build_empty, load_model
-from ..models.zimage import L2PTransformer2DModel
+from ..formats.checkpoint import Checkpoint
+from ..loading import load_model
+from ..models.zimage import L2PTransformer2DModel, build_empty
 from ..quantize.frozen import quantize_frozen
 from .config import Config
 from .freeze import freeze

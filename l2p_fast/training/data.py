@@ -252,8 +252,8 @@ def make_features(features: Features, prompts: Sequence[str], source: str, devic
     """Encode ``prompts`` with the text encoder of ``source`` into ``features``; what an interrupted run wrote stays."""
     from tqdm import tqdm
 
+    from ..loading import load_text_encoder
     from ..models.text import encode_prompts
-    from ..sampling.pipeline import load_text_encoder
 
     if not source:
         raise UserError(

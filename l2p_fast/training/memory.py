@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..formats.checkpoint import Checkpoint, build_empty
+from ..formats.checkpoint import Checkpoint
 from ..models.blocks import ADALN_DIM, TransformerBlock, rope_tables
+from ..models.zimage import build_empty
 from ..quantize.frozen import linear_bytes
 from .build import BLOCKS
 from .config import Config, GridConfig

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from ..errors import UserError
-from ..formats.checkpoint import Piece, Stored
+from ..formats.header import Stored
+from ..formats.write import Piece
 from .parallel import Workers
 
 STATE = "state.json"

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...ops import fused_levels
-from ...variants import OF_PATCH, Level
+from ...variants import BOTTLENECK, OF_PATCH, scaled_channels
 from . import bands
 from .bands import Plan, Rows, Run
 from .fused import Kernels, Library, silu
 
-BOTTLENECK = 512
 BANDED_CHANNELS = 64  # levels up to this many encoder channels hold much memory and little work: these run in bands
 AUTO_MEMORY_MB = 256.0  # working memory the head may take when neither bands nor budget are given
 
@@ -69,17 +68,14 @@ class DetailerHead(nn.Module):
         self.memory_mb: float | None = None
         self._kernels: Kernels | None = None
 
-        def scaled(channels: int) -> int:
-            return channels if channels == 3 else max(4, 4 * round(channels * width / 4))
-
         published = OF_PATCH[patch_size].levels
-        self.levels = [Level(name, scaled(enc), scaled(up), scaled(dec)) for name, enc, up, dec in published]
+        self.levels = [level.scaled(width) for level in published]
         self.table_banded = sum(level.enc <= BANDED_CHANNELS for level in published)
         channels = 3
         for level in self.levels:
             self.add_module(f"enc{level.name}", nn.Sequential(nn.Conv2d(channels, level.enc, 3, padding=1), nn.SiLU()))
             channels = level.enc
-        bottleneck = scaled(BOTTLENECK)
+        bottleneck = scaled_channels(BOTTLENECK, width)
         self.bottleneck = nn.Sequential(SplitConv1x1(channels + dim, bottleneck, 1), nn.SiLU())
         channels = bottleneck
         for level in reversed(self.levels):
