@@ -29,17 +29,18 @@ def build(variant: str, scale: Scale, device: str, ragged: bool = False) -> Case
     lengths = [tokens + scale.text_tokens] + [tokens + counts.SEQUENCE_MULTIPLE] * ragged
     shape = sum(lengths), heads, scale.dim // heads
     query, key, value = (torch.randn(shape, device=device, dtype=scale.torch_dtype) for _ in range(3))
+    rows = attention.Ragged.of(lengths, device)
     row = query[None, : lengths[0]]
     backend = variant
     if variant == "ours":
         backend, _ = attention.fastest(row.shape, row.dtype, row.device, biased=False)
 
     def plain() -> torch.Tensor:
-        return attention.packed_attention_reference(query, key, value, lengths)
+        return attention.packed_attention_reference(query, key, value, rows)
 
     def one_by_one() -> torch.Tensor:
-        rows = zip(*(x[None].split(lengths, dim=1) for x in (query, key, value)), strict=True)
-        return torch.cat([dispatch_attention_fn(*row)[0] for row in rows])
+        alone = zip(*(x[None].split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        return torch.cat([dispatch_attention_fn(*row)[0] for row in alone])
 
     packed = attention.packed_kernel(row, backend) if ragged and variant != "plain" else None
     if ragged and packed is None and variant in PACKING:
@@ -48,7 +49,7 @@ def build(variant: str, scale: Scale, device: str, ragged: bool = False) -> Case
     def by_backend() -> torch.Tensor:
         try:
             with attention.use(backend):
-                return one_by_one() if packed is None else packed(query, key, value, lengths)
+                return one_by_one() if packed is None else packed(query, key, value, rows)
         except Exception as problem:  # kernels decline a card, dtype or shape each in their own way
             raise NotHere(f"{backend} can't: {problem}") from problem
 

@@ -10,8 +10,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch.nn.attention import SDPBackend
 
 from l2p_fast.errors import UserError
-from l2p_fast.models import attention
-from l2p_fast.models import blocks as dit
+from l2p_fast.models import attention, blocks
 from l2p_fast.models.blocks import Attention, Keys
 
 SHAPE = (1, 64, 2, 16)
@@ -60,6 +59,7 @@ def test_a_backend_that_cant_weigh_keys(monkeypatch):
 
 # --- Packed rows -----------------------------------------------------------------------------------------------------
 LENGTHS = (5, 1, 8)
+ROWS = attention.Ragged.of(LENGTHS, "cpu")
 
 
 def padded(seed: int = 0) -> torch.Tensor:
@@ -77,7 +77,7 @@ def test_packing():
 
 
 def test_the_reference_is_each_row_alone():
-    out = attention.packed_attention_reference(*packed(), LENGTHS)
+    out = attention.packed_attention_reference(*packed(), ROWS)
     assert out.shape == (14, 2, 16)
     for row, *given in zip(out.split(LENGTHS), *(x.split(LENGTHS) for x in packed()), strict=True):
         q, k, v = (x.double().transpose(0, 1) for x in given)
@@ -89,21 +89,22 @@ def flash(query, key, value, ends, key_ends, longest, longest_key):
     """FlashAttention's face over the reference: row boundaries, int32."""
     assert ends is key_ends and ends.dtype == torch.int32 and ends.tolist() == [0, 5, 6, 14]
     assert longest == longest_key == 8
-    return attention.packed_attention_reference(query, key, value, ends.diff().tolist())
+    return attention.packed_attention_reference(query, key, value, ROWS)
 
 
 @pytest.mark.parametrize("name,module", {"flash": "flash_attn", "_flash_3": "flash_attn_interface"}.items())
 def test_row_boundaries(monkeypatch, name, module):
-    exact = attention.packed_attention_reference(*packed(), LENGTHS)
+    exact = attention.packed_attention_reference(*packed(), ROWS)
     for function in (flash, lambda *given: (flash(*given), "log-sum")):
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=function))
-        assert attention.BACKENDS[name].packed(*packed(), LENGTHS).equal(exact)
+        assert attention.BACKENDS[name].packed(*packed(), ROWS).equal(exact)
 
 
 def test_xformers_face(monkeypatch):
     def memory_efficient_attention(query, key, value, attn_bias):
         rows = (x[0] for x in (query, key, value))
-        return attention.packed_attention_reference(*rows, attn_bias)[None]
+        assert attn_bias == list(LENGTHS)
+        return attention.packed_attention_reference(*rows, ROWS)[None]
 
     mask = SimpleNamespace(from_seqlens=lambda lengths, device: lengths)
     for module, content in {
@@ -113,15 +114,15 @@ def test_xformers_face(monkeypatch):
         "xformers.ops.fmha.attn_bias": {"BlockDiagonalMask": mask},
     }.items():
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**content))
-    exact = attention.packed_attention_reference(*packed(), LENGTHS)
-    assert attention.BACKENDS["xformers"].packed(*packed(), LENGTHS).equal(exact)
+    exact = attention.packed_attention_reference(*packed(), ROWS)
+    assert attention.BACKENDS["xformers"].packed(*packed(), ROWS).equal(exact)
 
 
 @pytest.mark.parametrize("name", ("native", "_native_flash"))
 def test_torch_takes_the_call(name):
     """PyTorch's kernel needs a GPU; what it accepts and its backward's shapes can be seen without numbers."""
     given = [x.to("meta", torch.bfloat16).requires_grad_() for x in packed()]
-    out = attention.BACKENDS[name].packed(*given, LENGTHS)
+    out = attention.BACKENDS[name].packed(*given, attention.Ragged.of(LENGTHS, "meta"))
     assert out.shape == (14, 2, 16) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert all(x.grad.shape == x.shape for x in given)
@@ -168,16 +169,16 @@ def test_packed_rows_equal_rows_alone(monkeypatch):
         return attention.packed_attention_reference(*given)
 
     def run(keys: Keys, kernel=None) -> list[torch.Tensor]:
-        monkeypatch.setattr(dit, "packed_kernel", lambda query, backend: kernel)
+        monkeypatch.setattr(blocks, "packed_kernel", lambda query, backend: kernel)
         given = x.clone().requires_grad_()
         out = layer(given, rope, keys)
         layer.zero_grad()
         out.square().sum().backward()
         return [out, given.grad, *(p.grad.clone() for p in layer.parameters())]
 
-    alone, together = run(Keys(LENGTHS)), run(Keys(LENGTHS), kernel)
-    assert seen == [LENGTHS] and len(alone) == 8
+    alone, together = run(Keys(ROWS)), run(Keys(ROWS), kernel)
+    assert seen == [ROWS] and len(alone) == 8
     assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
-    for keys in (Keys(), Keys(LENGTHS, torch.zeros(1, 1, 1, 8))):  # equal lengths, and a bias, are not for it
+    for keys in (Keys(), Keys(ROWS, torch.zeros(1, 1, 1, 8))):  # equal lengths, and a bias, are not for it
         run(keys, kernel)
-    assert seen == [LENGTHS]
+    assert seen == [ROWS]

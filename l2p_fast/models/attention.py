@@ -10,6 +10,7 @@ that (`packed_kernel`), else row by row. N tokens of a row, H heads, E head widt
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,28 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    Packed = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+    Packed = Callable[[Tensor, Tensor, Tensor, "Ragged"], Tensor]
+
+
+class Ragged(NamedTuple):
+    """Rows of different lengths, lying one behind the other. Made once for a run: a block then copies nothing to the
+    GPU, so that it can be captured as a graph.
+
+    Attributes:
+        lengths: tokens of each of B rows.
+        ends: (B + 1,) int32 on the rows' device: 0, then where each row ends.
+    """
+
+    lengths: tuple[int, ...]
+    ends: Tensor
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], device: torch.device | str) -> Ragged:
+        """Rows of ``lengths`` tokens on ``device``."""
+        import torch
+
+        lengths = tuple(lengths)
+        return cls(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device))
 
 
 def pack(x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -32,39 +54,41 @@ def pack(x: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])
 
 
-def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, rows: Ragged) -> Tensor:
     """Attention of each row to itself, of rows that lie one behind the other: (sum of lengths, H, E) -> the same."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    rows = zip(*(x.split(list(lengths)) for x in (query, key, value)), strict=True)
-    heads_first = ((x.transpose(0, 1)[None] for x in row) for row in rows)
+    alone = zip(*(x.split(list(rows.lengths)) for x in (query, key, value)), strict=True)
+    heads_first = ((x.transpose(0, 1)[None] for x in row) for row in alone)
     return torch.cat([scaled_dot_product_attention(*row)[0].transpose(0, 1) for row in heads_first])
 
 
 def _varlen(module: str, name: str) -> Packed:
     """`packed_attention_reference` by a function that takes row boundaries the way FlashAttention's does."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
-        import torch
-
+    def attend(query: Tensor, key: Tensor, value: Tensor, rows: Ragged) -> Tensor:
         function = getattr(importlib.import_module(module), name)
-        # Pinned, so that the copy doesn't make the host wait for the GPU in every block.
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=query.is_cuda)
-        ends = ends.to(query.device, non_blocking=True)
-        out = function(query, key, value, ends, ends, max(lengths), max(lengths))
+        longest = max(rows.lengths)
+        out = function(query, key, value, rows.ends, rows.ends, longest, longest)
         return out[0] if isinstance(out, tuple) else out  # some versions hand out the log-sum as well
 
     return attend
 
 
-def _xformers(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+def _xformers(query: Tensor, key: Tensor, value: Tensor, rows: Ragged) -> Tensor:
     """`packed_attention_reference` by xformers."""
     from xformers.ops import memory_efficient_attention
+
+    mask = _block_diagonal(rows.lengths, query.device)
+    return memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
+
+
+@functools.lru_cache(maxsize=8)  # made anew it would copy to the GPU in every block
+def _block_diagonal(lengths: tuple[int, ...], device: torch.device):
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    mask = BlockDiagonalMask.from_seqlens(list(lengths), device=query.device)
-    return memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
+    return BlockDiagonalMask.from_seqlens(list(lengths), device=device)
 
 
 class Backend(NamedTuple):
@@ -95,7 +119,7 @@ BACKENDS: dict[str, Backend] = {
     "flash_hub": Backend(_KERNELS),
     "flash_4_hub": Backend(_KERNELS),
     "_flash_3": Backend(
-        ("flash_attn_interface", "build FlashAttention-3 from source, or take --attention _flash_3_hub"),
+        ("flash_attn_interface", "build FlashAttention-3 from source, or take _flash_3_hub"),
         _varlen("flash_attn_interface", "flash_attn_varlen_func"),
     ),
     "_flash_3_hub": Backend(_KERNELS),
@@ -197,10 +221,10 @@ def check(name: str, biased: bool) -> None:
     """
     if not available(name):
         package, remedy = BACKENDS[name].needs
-        raise UserError(f"--attention {name} needs the package {package}: {remedy}")
+        raise UserError(f"attention {name} needs the package {package}: {remedy}")
     if biased and name not in TAKES_BIAS:
         raise UserError(
-            f"--attention {name} can't weigh keys, which this model asks of it; choose from {', '.join(TAKES_BIAS)}"
+            f"attention {name} can't weigh keys, which this model asks of it; choose from {', '.join(TAKES_BIAS)}"
         )
 
 
@@ -213,7 +237,7 @@ def use(name: str) -> Iterator[None]:
         try:
             stack.enter_context(attention_backend(name))
         except (RuntimeError, ValueError, ImportError) as error:
-            raise UserError(f"--attention {name}: {error}") from error
+            raise UserError(f"attention {name}: {error}") from error
         yield
 
 

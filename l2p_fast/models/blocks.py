@@ -18,7 +18,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from ..ops import Rope, apply_rope, gate_norm_residual, norm_modulate, qk_norm_rope, rms_norm, silu_mul
-from .attention import pack, packed_kernel
+from .attention import Ragged, pack, packed_kernel
 
 ADALN_DIM = 256  # the timestep embedding is never wider than this
 SEQUENCE_MULTIPLE = 32  # each sequence is filled up to a multiple of this with a learned token
@@ -77,11 +77,11 @@ class Keys(NamedTuple):
     """Which keys attention sees, and how strongly.
 
     Attributes:
-        lengths: row i of the batch has ``lengths[i]`` tokens, the longest has N; None: all have N.
+        rows: the tokens of each row of the batch, of which the longest has N; None: all have N.
         bias: (1, 1, 1, N) fp32 on the logits; None: none.
     """
 
-    lengths: tuple[int, ...] | None = None
+    rows: Ragged | None = None
     bias: Tensor | None = None
 
 
@@ -115,17 +115,17 @@ class AttnProcessor:
                 parallel_config=self._parallel_config,
             )
 
-        if keys.lengths is None:
+        if keys.rows is None:
             out = attend(slice(None), x.shape[1])
         else:
             plain = keys.bias is None and self._parallel_config is None
             packed = packed_kernel(query, self._attention_backend) if plain else None
             if packed is None:
-                rows = [attend(slice(i, i + 1), length)[0] for i, length in enumerate(keys.lengths)]
+                alone = [attend(slice(i, i + 1), length)[0] for i, length in enumerate(keys.rows.lengths)]
             else:
-                parts = (pack(part, keys.lengths) for part in (query, key, value))
-                rows = packed(*parts, keys.lengths).split(keys.lengths)
-            out = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+                parts = (pack(part, keys.rows.lengths) for part in (query, key, value))
+                alone = packed(*parts, keys.rows).split(keys.rows.lengths)
+            out = nn.utils.rnn.pad_sequence(alone, batch_first=True)
         return attn.to_out[0](out.flatten(2, 3).to(value.dtype))
 
 
@@ -183,7 +183,7 @@ class TransformerBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        hidden_states: Tensor,
         rope: Rope,
         keys: Keys = ALL_KEYS,
         temb: Tensor | None = None,
@@ -192,6 +192,7 @@ class TransformerBlock(nn.Module):
         """(B, N, D) -> (B, N, D).
 
         Args:
+            hidden_states: named as diffusers' caches look for it.
             keys: what attention sees.
             temb: (B or 1, A) timestep embedding, for a modulated block.
             modulation: (B or 1, 4 D) ``adaLN_modulation(temb)`` computed beforehand, instead of ``temb``.
@@ -201,6 +202,7 @@ class TransformerBlock(nn.Module):
             if modulation is None:
                 modulation = self.adaLN_modulation(temb)
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.unsqueeze(1).chunk(4, dim=-1)
+        x = hidden_states
         y = self.attention(self.attention_norm1(x, scale=scale_msa), rope, keys)
         x = self.attention_norm2(y, residual=x, gate=gate_msa)
         y = self.feed_forward(self.ffn_norm1(x, scale=scale_mlp))
@@ -221,10 +223,3 @@ class TimestepEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
-
-
-class TextEmbedder(nn.Sequential):
-    """Text features (..., F) -> tokens (..., D): norm, then a linear map."""
-
-    def __init__(self, feature_dim: int, dim: int, eps: float):
-        super().__init__(RMSNorm(feature_dim, eps), nn.Linear(feature_dim, dim))

@@ -9,15 +9,17 @@ a batch of them rectangular stands at the end and is never attended (`Keys`).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -25,18 +27,21 @@ from ..errors import UserError
 from ..formats.checkpoint import Checkpoint
 from ..ops import patchify
 from ..variants import OF_PATCH
+from .attention import Ragged
 from .blocks import (
     ADALN_DIM,
     ALL_KEYS,
     SEQUENCE_MULTIPLE,
     Keys,
+    RMSNorm,
     Rope,
-    TextEmbedder,
     TimestepEmbedder,
     TransformerBlock,
     rope_tables,
 )
 from .detailer import DetailerHead
+
+CACHES = ("FirstBlockCache", "MagCache", "PyramidAttentionBroadcast", "TaylorSeerCache")  # of diffusers
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Conditioning:
     modulations: list[Tensor] | None = None
 
 
-class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, CacheMixin):
     """The pixel-space diffusion transformer of L2P (arXiv 2605.12013). The defaults are the published 1K model.
 
     Args:
@@ -137,7 +142,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         self.noise_refiner = blocks(n_refiner_layers, modulation=True)
         self.context_refiner = blocks(n_refiner_layers, modulation=False)
         self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
-        self.cap_embedder = TextEmbedder(cap_feat_dim, dim, norm_eps)
+        self.cap_embedder = nn.Sequential(RMSNorm(cap_feat_dim, norm_eps), nn.Linear(cap_feat_dim, dim))
         self.x_pad_token = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))
         self.cap_pad_token = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))
         self.layers = blocks(n_layers, modulation=True)
@@ -188,6 +193,29 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         """The blocks that the timestep modulates, in the order of `Conditioning.modulations`."""
         return [block for _, block in self.blocks() if block.modulation]
 
+    def enable_cache(self, config) -> None:
+        """Skip work of the joint blocks (``layers``) that hardly changes between steps, by diffusers' hooks.
+
+        Each call must stand in a `cache_context`, whose name tells apart what must not mix: sizes, rows of a batch.
+
+        Args:
+            config: diffusers' ``FirstBlockCacheConfig``, ``MagCacheConfig``, ``PyramidAttentionBroadcastConfig`` or
+                ``TaylorSeerCacheConfig`` (which by default predicts the attention of each block).
+
+        Raises:
+            UserError: a cache that doesn't fit this model.
+        """
+        # Imported here: the registry imports most of diffusers' models.
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        name = type(config).__name__.removesuffix("Config")
+        if name not in CACHES or getattr(config, "use_lite_mode", False):
+            raise UserError(f"no {name} for this model; choose from {', '.join(CACHES)}, without a lite mode")
+        if name == "TaylorSeerCache" and not config.cache_identifiers:
+            config = replace(config, cache_identifiers=[r"layers\.\d+\.attention"])
+        TransformerBlockRegistry.register(TransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)
+
     def forward(
         self,
         pixels: Tensor,
@@ -236,7 +264,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         if cond is None:
             if cap_feats is None:
                 raise UserError("the model needs cap_feats, or cond = prepare(cap_feats, height, width)")
-            cond = self.prepare(cap_feats, height, width)
+            cond = self._prepare(cap_feats, height, width)
         if cond.text.shape[0] != batch or cond.size != (height, width):
             raise UserError(
                 f"the text conditioning is for {cond.text.shape[0]} samples of {cond.size[0]} x {cond.size[1]}, "
@@ -276,6 +304,12 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         Raises:
             UserError: a size that is no multiple of `size_multiple`, no texts, an empty text, a wrong feature width.
         """
+        with _onloaded(self):
+            return self._prepare(cap_feats, height, width, timesteps)
+
+    def _prepare(
+        self, cap_feats: Sequence[Tensor], height: int, width: int, timesteps: Tensor | None = None
+    ) -> Conditioning:
         self._check_size(height, width)
         self._check_texts(cap_feats)
         device = self.x_pad_token.device
@@ -284,7 +318,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         longest = max(padded)
 
         tokens = self.cap_embedder(torch.cat([c.to(device, self.x_pad_token.dtype) for c in cap_feats]))
-        pad = self.cap_pad_token.to(tokens.dtype)
+        pad = self.cap_pad_token.to(tokens)
         rows = [torch.cat([x, pad.expand(longest - len(x), -1)]) for x in tokens.split(lengths)]
         text = torch.stack(rows)
         text_positions = torch.zeros(longest, 3, dtype=torch.float64)
@@ -298,17 +332,20 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         )
 
         ragged = len(set(padded)) > 1
+        text_keys = Keys(Ragged.of(padded, device) if ragged else None)
         for block in self.context_refiner:
-            text = self._run(block, text, rope_text, Keys(tuple(padded) if ragged else None))
+            text = self._run(block, text, rope_text, text_keys)
         modulations = None
         if timesteps is not None:
             if timesteps.ndim != 1:
                 raise UserError(f"timesteps must be (steps,), got {tuple(timesteps.shape)}")
-            temb = self._embed_time(timesteps.to(device))
-            modulations = [block.adaLN_modulation(temb) for block in self.modulated_blocks]
+            temb, modulations = self._embed_time(timesteps.to(device)), []
+            for block in self.modulated_blocks:
+                with _onloaded(block):
+                    modulations.append(block.adaLN_modulation(temb))
         image_length = image_positions.shape[1]
         keys = Keys(
-            lengths=tuple(image_length + n for n in padded) if ragged else None,
+            rows=Ragged.of((image_length + n for n in padded), device) if ragged else None,
             bias=self._key_bias(image_length, longest, grid, device),
         )
         return Conditioning(
@@ -395,6 +432,23 @@ def build_empty(config: Mapping[str, Any]) -> L2PTransformer2DModel:
             return L2PTransformer2DModel(**config)
     except UserError as error:
         raise UserError(f"no L2P model has the sizes that these tensors tell: {error}") from error
+
+
+@contextlib.contextmanager
+def _onloaded(module: nn.Module) -> Iterator[None]:
+    """Bring a module's weights where they compute, around what is not its ``forward``, which alone hooks see.
+
+    Between its turns diffusers' group offloading leaves a group's weights on another device, or empty, on the disk.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = registry.get_hook("group_offloading") if registry is not None else None
+    if hook is not None:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.post_forward(module, None)
 
 
 def cut(x: Tensor, windows: Sequence[tuple[int, int, int, int]], unit: int = 1) -> Tensor:
