@@ -5,9 +5,9 @@ import subprocess
 import sys
 import textwrap
 
+import goldens
 import pytest
 import torch
-from goldens import GOLDENS
 from safetensors.torch import load_file, save_file
 
 from l2p_fast.errors import UserError
@@ -73,10 +73,7 @@ def test_configuration_from_shapes_alone(patch, width):
 
 @pytest.mark.parametrize("size", ["1k", "4k", "8k", "10k"])
 def test_published_manifest(size):
-    manifest = GOLDENS.parent / "manifests" / f"l2p_{size}.json"
-    if not manifest.is_file():
-        pytest.skip(f"no manifest at {manifest}: set L2P_GOLDENS")
-    shapes = {key: tuple(shape) for key, shape in json.loads(manifest.read_text()).items()}
+    shapes = {key: tuple(shape) for key, shape in goldens.published_shapes(size).items()}
     found = infer_config(shapes)
     assert (found["dim"], found["n_layers"], found["n_heads"], found["cap_feat_dim"]) == (3840, 30, 30, 2560)
     assert found["axes_dims"] == (32, 48, 48) and found["head_width"] == 1.0
@@ -84,16 +81,15 @@ def test_published_manifest(size):
 
 
 @pytest.mark.parametrize("patch", [16, 64, 160])
-def test_golden_files_load_from_shapes_alone(patch):
-    folder = GOLDENS / f"patch{patch}"
-    if not folder.is_dir():
-        pytest.skip(f"no goldens at {GOLDENS}: set L2P_GOLDENS")
-    model = L2PTransformer2DModel.from_single_file(folder / "model.safetensors", torch_dtype=torch.float32)
-    for key, value in json.loads((folder / "config.json").read_text()).items():
+def test_golden_files_load_from_shapes_alone(tmp_path, patch):
+    config, weights, *_ = goldens.golden(patch)
+    save_file(weights, tmp_path / "model.safetensors")
+    model = L2PTransformer2DModel.from_single_file(tmp_path / "model.safetensors", torch_dtype=torch.float32)
+    for key, value in config.items():
         assert key == "axes_lens" or list(torch.tensor(model.config[key]).flatten()) == list(
             torch.tensor(value).flatten()
         )
-    assert_holds(model, load_file(folder / "model.safetensors"))
+    assert_holds(model, weights)
 
 
 def test_published_1k_file_mixes_f32_and_bf16(tmp_path):

@@ -1,14 +1,12 @@
 """The model: agreement with goldens and diffusers' Z-Image body, exact batches, hoisting, and what diffusers offers."""
 
 import hashlib
-import json
 
+import goldens
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZImageTransformer2DModel
-from goldens import GOLDENS
-from safetensors.torch import load_file
 
 from l2p_fast.errors import UserError
 from l2p_fast.formats.write import save_single_file
@@ -16,7 +14,6 @@ from l2p_fast.models.blocks import rope_tables
 from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.sampling import flow
 
-MANIFESTS = GOLDENS.parent / "manifests"
 SAME = 5e-6  # equal but for fp32 rounding, which may differ with a tensor's place in memory
 BODY = dict(
     dim=64,
@@ -70,36 +67,34 @@ def test_blocks_are_named_in_order_of_execution():
 
 
 # --- Agreement -------------------------------------------------------------------------------------------------------
-def golden(patch):
-    folder = GOLDENS / f"patch{patch}"
-    if not folder.is_dir():
-        pytest.skip(f"no goldens at {folder}; set L2P_GOLDENS to their folder")
-    model = L2PTransformer2DModel(**json.loads((folder / "config.json").read_text()))
-    model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()}, strict=True)
-    return model.eval(), load_file(folder / "io.safetensors")
+def golden_model(patch):
+    config, weights, io, stride = goldens.golden(patch)
+    model = L2PTransformer2DModel(**config)
+    model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True)
+    return model.eval(), io, (..., slice(None, None, stride), slice(None, None, stride))
 
 
 @pytest.mark.parametrize("patch", [16, 64, 160])
 @torch.no_grad()
 def test_goldens(patch):
-    model, io = golden(patch)
+    model, io, kept = golden_model(patch)
     cases = sorted({key.split(".")[0] for key in io} - {"sample"})
     assert cases
     for case in cases:
         pixels, t, raw = io[f"{case}.pixels"], io[f"{case}.t"], io[f"{case}.raw"]
         caps = [io[f"{case}.cap{i}"] for i in range(len(pixels))]
-        assert error(model(pixels, t, caps), raw) <= 1e-5, case
+        assert error(model(pixels, t, caps)[kept], raw) <= 1e-5, case
         cond = model.prepare(caps, *pixels.shape[-2:], timesteps=t[:1])
         if len(pixels) == 1:
-            assert error(model(pixels, cond=cond, step=0), raw) <= 1e-5, case
+            assert error(model(pixels, cond=cond, step=0)[kept], raw) <= 1e-5, case
         model.local_decoder.band_rows = 64
-        assert error(model(pixels, t, caps), raw) <= 1e-5, case
+        assert error(model(pixels, t, caps)[kept], raw) <= 1e-5, case
         model.local_decoder.band_rows = None
 
 
 @torch.no_grad()
 def test_golden_run():
-    model, io = golden(16)
+    model, io, kept = golden_model(16)
     sigmas = flow.sigmas(6)
     torch.testing.assert_close(sigmas[:-1], io["sample.sigmas"])
     x = io["sample.noise"]
@@ -107,7 +102,7 @@ def test_golden_run():
     for i in range(6):
         v_pos, v_neg = flow.velocity(model(x.expand(2, -1, -1, -1), cond=cond, step=i)).split(1)
         x = flow.euler_step(x, flow.guide(v_pos, v_neg, 2.0), sigmas[i], sigmas[i + 1])
-    assert error(x, io["sample.final"]) <= 1e-4
+    assert error(x[kept], io["sample.final"]) <= 1e-4
 
 
 class Reference:
@@ -206,10 +201,7 @@ def test_published_keys_and_shapes(published, name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_manifests(published, name):
-    path = MANIFESTS / f"l2p_{name}.json"
-    if not path.is_file():
-        pytest.skip(f"no manifest at {path}")
-    assert {key: list(value.shape) for key, value in published[name].items()} == json.loads(path.read_text())
+    assert {key: list(value.shape) for key, value in published[name].items()} == goldens.published_shapes(name)
 
 
 # --- Batches and hoisting --------------------------------------------------------------------------------------------
