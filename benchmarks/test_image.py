@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from l2p_fast.sampling import flow
-from l2p_fast.sampling.pipeline import L2PPipeline, draw_noise, make_scheduler, pixels_to_images
+from l2p_fast.sampling.pipeline import L2PPipeline, make_scheduler
+from l2p_fast.sampling.pixels import draw_noise, pixels_to_images
 
 from . import counts
 from .baselines import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,6 +10,24 @@ from typing import Any
 
 class UserError(ValueError):
     """A mistake of the user's: the message says what was wanted, what came and how to mend it."""
+
+
+class FieldError(UserError):
+    """A `UserError` about one named value, so that each surface can call values by its own names.
+
+    Attributes:
+        field: the name, such as ``steps``.
+        problem: the rest of the message, such as ``must be at least 1, got 0; try 1``; other fields stand in it as
+            ``{name}``.
+    """
+
+    def __init__(self, field: str, problem: str):
+        self.field, self.problem = field, problem
+        super().__init__(self.worded(lambda name: name))
+
+    def worded(self, name: Callable[[str], str]) -> str:
+        """The message with each field called what ``name`` makes of it."""
+        return f"{name(self.field)} {re.sub(r'{([a-z][a-z_]*)}', lambda found: name(found[1]), self.problem)}"
 
 
 def few(names: Iterable[Any], most: int = 3) -> str:
@@ -20,6 +39,9 @@ def few(names: Iterable[Any], most: int = 3) -> str:
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command line's ``main``; a `UserError`, and what files and disks refuse, is one line on stderr, code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file name that the terminal can't spell is no reason to fail
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except (UserError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", dir=path.parent))
+        holder = Path(tempfile.mkdtemp(prefix=".l2p-", dir=path.parent))  # short: names end at 255 bytes
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}; choose a writable folder") from error
     temporary = holder / path.name
@@ -42,3 +43,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def near_path(path: str) -> str:
+    """``; did you mean ...?`` for a path that does not exist, or nothing."""
+    wanted = Path(path)
+    try:
+        near = difflib.get_close_matches(wanted.name, os.listdir(wanted.parent), 1)
+    except (OSError, ValueError):
+        near = []
+    return f"; did you mean {wanted.parent / near[0]}?" if near else ""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from . import __version__
 from .errors import run_cli
 from .models import attention
-from .sample import BUNDLED, WEIGHTS
+from .sampling.facts import BUNDLED, WEIGHTS
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "pillow")
 # Package -> what it adds and how to get it.

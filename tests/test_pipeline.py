@@ -16,14 +16,8 @@ from tiny_pipeline import FEATURES, save_tiny, tiny_pipeline, tiny_text_encoder,
 from l2p_fast.errors import UserError
 from l2p_fast.models.text import encode_prompts, tokenize
 from l2p_fast.sampling import flow
-from l2p_fast.sampling.pipeline import (
-    L2PPipeline,
-    draw_noise,
-    image_to_pixels,
-    load_pipeline,
-    make_scheduler,
-    set_schedule,
-)
+from l2p_fast.sampling.pipeline import L2PPipeline, load_pipeline, make_scheduler, set_schedule
+from l2p_fast.sampling.pixels import draw_noise, image_to_pixels
 
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 3, "guidance_scale": 2.5}
 
@@ -312,6 +306,10 @@ class Greedy(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.prepared = []
 
+    @property
+    def head(self):
+        return self.local_decoder
+
     def prepare(self, caps, height, width, timesteps=None):
         self.prepared.append(len(caps))
         return torch.stack([cap.mean() for cap in caps])
@@ -436,9 +434,9 @@ def test_load_in_another_dtype_and_with_a_text_encoder_of_its_own(tmp_path):
     [
         ({"height": 1000}, "multiple of 16 .* got 1000; try 992 or 1008"),
         ({"width": 3}, "try 16"),
-        ({"num_inference_steps": 0}, "at least 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"guidance_scale": -1.0}, "at least 0"),
-        ({"shift": 0.0}, "positive"),
+        ({"shift": 0.0}, "shift must be above 0"),
         ({"strength": 1.5}, "at most 1, got 1.5; try 1"),
         ({"coarse_strength": -0.5}, "above 0"),
         ({"output_type": "jpeg"}, "pil, np, pt"),

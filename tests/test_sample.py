@@ -17,6 +17,9 @@ from tiny_pipeline import save_tiny
 from l2p_fast import __version__, ops, sample
 from l2p_fast.errors import UserError
 from l2p_fast.formats.write import save_single_file
+from l2p_fast.models import attention
+from l2p_fast.sampling import facts, jobs, request, session
+from l2p_fast.sampling.drawing import Drawing, save_image
 from l2p_fast.sampling.pipeline import L2PPipeline
 
 
@@ -59,10 +62,12 @@ def test_a_picture_its_text_and_the_report(run, model, capsys):
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_from_image_repeats_pixel_for_pixel(run, suffix):
     run("a blue ring", "--height", 32, "--width", 48, "--steps", 3, "--guidance", 3.5, "--out", f"one{suffix}")
-    assert run("--from-image", f"one{suffix}", "--out", f"two{suffix}", model=None) == 0
+    with pytest.raises(UserError, match="names --model .*; add these options, or --trust"):
+        run("--from-image", f"one{suffix}", "--out", f"two{suffix}", model=None)
+    assert run("--from-image", f"one{suffix}", "--trust", "--out", f"two{suffix}", model=None) == 0
     assert np.array_equal(pixels(f"one{suffix}"), pixels(f"two{suffix}"))
     assert Image.open(f"two{suffix}").size == (48, 32)
-    run("--from-image", f"one{suffix}", "--seed", 5, "--res", 16, "--out", f"three{suffix}", model=None)
+    run("--from-image", f"one{suffix}", "--seed", 5, "--res", 16, "--out", f"three{suffix}")
     assert Image.open(f"three{suffix}").size == (16, 16)
 
 
@@ -85,7 +90,7 @@ def test_default_names(run):
 def test_a_prompts_file_goes_on_where_it_was_interrupted(run, monkeypatch, capsys):
     Path("prompts.txt").write_text("a red star\n\na blue ring\n两个圆\n", encoding="utf-8")
     argv = ("--prompts-file", "prompts.txt", "--res", 16, "--seed", 1, "--out", "out")
-    save, saved = sample.save_picture, []
+    save, saved = Drawing.save, []
 
     def interrupted(*args):
         if len(saved) == 1:
@@ -93,20 +98,28 @@ def test_a_prompts_file_goes_on_where_it_was_interrupted(run, monkeypatch, capsy
         saved.append(args[1])
         save(*args)
 
-    monkeypatch.setattr(sample, "save_picture", interrupted)
+    monkeypatch.setattr(Drawing, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*argv)
-    first = Path("out/0000-a-red-star.png")
+    out = Path("out")
+    first = out / "0000-a-red-star.png"
     assert list(Path("out").iterdir()) == [first]
     stamp = first.stat().st_mtime_ns
-    monkeypatch.setattr(sample, "save_picture", save)
+    monkeypatch.setattr(Drawing, "save", save)
     assert run(*argv) == 0
-    assert "1 of 3 pictures are finished and skipped" in capsys.readouterr().out
+    assert "1 of 3 images are finished and skipped" in capsys.readouterr().out
     names = ["0000-a-red-star.png", "0001-a-blue-ring.png", "0002-两个圆.png"]
     assert sorted(p.name for p in Path("out").iterdir()) == names and first.stat().st_mtime_ns == stamp
     assert [Image.open(Path("out") / name).info["seed"] for name in names] == ["1", "2", "3"]
-    monkeypatch.setattr(sample, "load", lambda *a: pytest.fail("nothing is left to do"))
+    Path(out / names[0]).write_bytes(b"")  # nothing was drawn here
+    capsys.readouterr()
     assert run(*argv) == 0
+    assert "2 of 3 images are finished and skipped" in capsys.readouterr().out and pixels(out / names[0]).any()
+    assert run(*argv, "--steps", 1) == 0  # what was asked for has changed, and the names have not
+    assert [json.loads(Image.open(out / name).info["l2p_fast"])["steps"] for name in names] == [1, 1, 1]
+    monkeypatch.setattr(session.Session, "load", lambda *a: pytest.fail("nothing is left to do"))
+    assert run(*argv, "--steps", 1) == 0
+    assert run(*argv[:4], "--out", "out") == 0  # no seed was asked for: those that were drawn will do
 
 
 def test_a_failed_write_leaves_the_old_picture(run, monkeypatch):
@@ -128,23 +141,25 @@ def test_image_to_image(run):
     Image.new("RGB", (40, 30), "red").save("red.png")
     run("a", "--image", "red.png", "--strength", 0.5, "--steps", 4, "--out", "a.png")
     assert Image.open("a.png").size == (48, 32) or Image.open("a.png").size == (32, 32)
-    run("--from-image", "a.png", "--out", "b.png", model=None)
+    with pytest.raises(UserError, match="names --image 'red.png'"):
+        run("--from-image", "a.png", "--out", "b.png")
+    run("--from-image", "a.png", "--trust", "--out", "b.png", model=None)
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     Image.new("RGB", (40, 30), "blue").save("red.png")
     with pytest.raises(UserError, match="red.png has changed"):
-        run("--from-image", "a.png", "--out", "b.png", model=None)
+        run("--from-image", "a.png", "--trust", "--out", "b.png", model=None)
 
 
 def test_bundled_models_are_chosen_by_size(run, tmp_path, monkeypatch, model):
-    monkeypatch.setattr(sample, "WEIGHTS", tmp_path / "weights")
-    with pytest.raises(UserError, match="bundled model tiny-1k is not installed"):
+    monkeypatch.setattr(facts, "WEIGHTS", tmp_path / "weights")
+    with pytest.raises(UserError, match="--model tiny-1k is bundled, but not installed"):
         run("a", "--res", 32, model=None)
     save_tiny(tmp_path / "weights" / "tiny-1k", 16)
     save_tiny(tmp_path / "weights" / "tiny-4k", 64)
-    found = [sample.find_model(None, size) for size in (None, 1024, 2047, 2048, 8192)]
-    assert [facts.name for facts in found] == ["tiny-1k", "tiny-1k", "tiny-1k", "tiny-4k", "tiny-4k"]
-    assert [facts.patch_size for facts in found] == [16, 16, 16, 64, 64]
-    assert sample.find_model("tiny-4k").size_multiple == 64
+    found = [facts.find_model(None, size) for size in (None, 1024, 2047, 2048, 8192)]
+    assert [model_facts.name for model_facts in found] == ["tiny-1k", "tiny-1k", "tiny-1k", "tiny-4k", "tiny-4k"]
+    assert [model_facts.patch_size for model_facts in found] == [16, 16, 16, 64, 64]
+    assert facts.find_model("tiny-4k").size_multiple == 64
     with pytest.raises(UserError, match="--res must be a multiple of 64 .* got 2064; try 2048 or 2112"):
         run("a", "--res", 2064, model=None)
     run("a", "--res", 16, "--steps", 1, "--out", "a.png", model=None)
@@ -153,8 +168,8 @@ def test_bundled_models_are_chosen_by_size(run, tmp_path, monkeypatch, model):
 
 def test_single_file_with_a_text_encoder(run, model):
     save_single_file(L2PPipeline.from_pretrained(model).transformer, "one.safetensors", layout="published")
-    facts = sample.find_model("one.safetensors")
-    assert facts.patch_size == 16 and not facts.is_pipeline
+    found = facts.find_model("one.safetensors")
+    assert found.patch_size == 16 and not found.is_pipeline
     with pytest.raises(UserError, match="holds no text encoder; add --text-encoder"):
         run("a", "--res", 32, model="one.safetensors")
     argv = ("a", "--res", 32, "--seed", 1, "--steps", 2, "--guidance", 2, "--dtype", "bf16")
@@ -210,9 +225,9 @@ WRONG = [
     (["a", "--image", "in.png", "--strength", "1.5"], "--strength must be above 0 and at most 1, got 1.5; try 1"),
     (["a", "--strength", "0.5"], "no effect without --image"),
     (["a", "--image", "im.png"], "im.png does not exist; did you mean in.png"),
-    (["a", "--image", "note.txt"], "note.txt is not a readable picture"),
-    (["a", "--image", "cut.png"], "cut.png is not a readable picture"),
-    (["a", "--dtype", "bf61"], "unknown value 'bf61'; try bf16"),
+    (["a", "--image", "note.txt"], "note.txt is not a readable image"),
+    (["a", "--image", "cut.png"], "cut.png is not a readable image"),
+    (["a", "--dtype", "bf61"], "--dtype has the unknown value 'bf61'; try bf16"),
     (["a", "--format", "gif"], "--format"),
     (["a", "--attention", "natve"], "unknown value 'natve'; try native"),
     (["a", "--attention", "xformers"], "needs the package xformers: pip install xformers"),
@@ -222,7 +237,7 @@ WRONG = [
     (["a", "--out", "star.bmp"], "'star.bmp'; try star.png"),
     (["a", "--out", "star.png", "--format", "jpg"], "does not fit --format jpg; try star.jpg"),
     (["a", "--out", "note.txt/star.png"], "is not a folder"),
-    (["a", "--num-images", "2", "--out", "star.png"], "must be a folder for several pictures, got star.png; try star"),
+    (["a", "--num-images", "2", "--out", "star.png"], "must be a folder for several images, got star.png; try star"),
     (["a", "--num-images", "2", "--out", "note"], "is a file"),
     (["a", "--res", "16384", "--format", "webp"], "at most 16383 pixels a side"),
     (["a", "--prompts-file", "note.txt"], "not both"),
@@ -230,9 +245,9 @@ WRONG = [
     (["--prompts-file", "notes.txt"], "did you mean note.txt"),
     (["--prompts-file", "in.png"], "not UTF-8"),
     (["--from-image", "in.png"], "holds no settings"),
-    (["--from-image", "damaged.png"], "damaged .steps = 'many'"),
+    (["--from-image", "damaged.png"], "damaged .steps is 'many', not int"),
     (["--from-image", "none.png"], "does not exist"),
-    (["a", "--model", "nothing"], "--model: nothing does not exist"),
+    (["a", "--model", "nothing"], "--model nothing does not exist"),
     (["a", "--text-encoder", "no such"], "neither a folder nor a hub id"),
     (["a", "--text-encoder", "."], "has no folder text_encoder"),
     (["a", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
@@ -242,14 +257,14 @@ WRONG = [
 @pytest.mark.parametrize(("argv", "words"), WRONG)
 def test_wrong_arguments_are_answered_before_anything_is_loaded(model, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "load", lambda *a: pytest.fail("loaded"))
-    monkeypatch.setattr(sample.attention.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(session.Session, "load", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     Image.new("RGB", (32, 32)).save("in.png")
     noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     noisy.save("whole.png")
     Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:5000])
     settings = {"prompt": "a", "negative": "", "seed": 1, "steps": "many"}
-    sample.save_picture(Image.new("RGB", (8, 8)), Path("damaged.png"), "png", settings)
+    save_image(Image.new("RGB", (8, 8)), Path("damaged.png"), "png", settings)
     Path("note.txt").write_text("a prompt")
     Path("note").write_text("")
     Path("empty.txt").write_text("\n \n")
@@ -260,7 +275,7 @@ def test_wrong_arguments_are_answered_before_anything_is_loaded(model, tmp_path,
 
 
 def test_unwritable_folder(run, monkeypatch):
-    monkeypatch.setattr(sample.os, "access", lambda *a: False)  # root may write anywhere
+    monkeypatch.setattr(jobs.os, "access", lambda *a: False)  # root may write anywhere
     with pytest.raises(UserError, match="no permission in .*; choose another folder"):
         run("a", "--res", 16, "--out", "sub/star.png")
 
@@ -281,7 +296,7 @@ def test_a_damaged_model_is_a_line(run, tmp_path):
 
 def test_options_default_to_none_and_all_settings_are_options():
     args = vars(sample.build_parser().parse_args([]))
-    assert set(sample.REMEMBERED) <= set(args)
+    assert {*request.Request.field_names(), *request.Setup.field_names()} - {"image_sha256"} <= set(args)
     assert all(value is None for name, value in args.items() if name != "no_progress")
     assert isinstance(sample.build_parser(), argparse.ArgumentParser)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from l2p_fast.files import atomic_path
-from l2p_fast.sample import find_model
+from l2p_fast.sampling.facts import find_model
 from l2p_fast.sampling.pipeline import L2PPipeline, load_pipeline
 
 from .corpus import load_source, sample_source

@@ -127,6 +127,7 @@ BACKENDS: dict[str, Backend] = {
     "sage_hub": Backend(_KERNELS),
     "xformers": Backend(("xformers", "pip install xformers"), _xformers),
 }
+DOWNLOADS = tuple(name for name, backend in BACKENDS.items() if backend.needs == _KERNELS)  # kernels, from a hub
 CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "xformers")  # exact, nothing to download
 TEXT_TOKENS = 64  # a usual prompt's
 TAKES_BIAS = ("auto", "native", "_native_efficient", "_native_math", "_native_cudnn", "flex", "xformers")

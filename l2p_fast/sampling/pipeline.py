@@ -1,44 +1,49 @@
-"""Sampling as a diffusers pipeline: prompt -> pixels, with no VAE between.
+"""Sampling as a diffusers pipeline: prompt -> pixels, with no VAE between. The face of `denoise`.
 
-The state is the picture itself, fp32 in [-1, 1]; the transformer runs in its own dtype. What does not depend on the
-step is computed once (`L2PTransformer2DModel.prepare`). Guidance has its usual meaning, v_neg + g * (v_pos - v_neg), so
-g = 1 is none. Left out: LoRA loading (the transformer's own adapter methods do it) and samplers of higher order (swap
-the scheduler).
+The state is the image itself, fp32 in [-1, 1]; the transformer runs in its own dtype. What does not depend on the step
+is computed once. Guidance has its usual meaning, v_neg + g * (v_pos - v_neg), so g = 1 is none. What belongs to one run
+(guidance scale, stage, ...) is kept per thread and the scheduler is copied, so threads can share a pipeline.
 
-Letters: B images, R = 2B rows with guidance (B without), H x W pixels, N steps.
+Letters: B images, H x W pixels, N steps.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import logging
+import copy
+import inspect
+import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.nn.functional as F
+from diffusers.loaders import ZImageLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .. import ops
-from ..errors import UserError
-from ..models.detailer import AUTO_MEMORY_MB
-from ..models.text import encode_prompts
-from ..variants import NATIVE_TOKENS, OF_PATCH, SHIFT, nearest_sizes
+from ..errors import FieldError, UserError
+from ..formats.header import load_json
+from ..loading import load_model, load_text_encoder
+from ..models.text import MAX_TOKENS, encode_prompts
+from ..models.zimage import L2PTransformer2DModel
+from ..variants import NATIVE_TOKENS, OF_PATCH, SHIFT
 from . import flow
-
-logger = logging.getLogger(__name__)
+from .denoise import Predictor, Stop, denoise
+from .pixels import OUTPUT_TYPES, draw_noise, image_to_pixels, images_of, pixels_to_images, size_of
+from .request import check_number, check_size
 
 COARSE_STRENGTH = 0.6
-# On a CPU two rows in one batch save little time and cost their memory, so past this many pixels they go one by one.
-_CPU_BATCH_PIXELS = 1024 * 1024
-# Working memory of the head, in MB, to try next after running out of memory.
-_SMALLER_HEAD_MB = (64.0, 16.0)
+# What diffusers calls the fields of a request.
+_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 
 
 def make_scheduler(shift: float = SHIFT) -> FlowMatchEulerDiscreteScheduler:
@@ -46,79 +51,69 @@ def make_scheduler(shift: float = SHIFT) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
 
 
-def set_schedule(scheduler, num_steps: int, shift: float | None = None) -> torch.Tensor:
-    """Set ``scheduler`` to linspace(1, 0, N + 1), shifted; returns its sigmas (N + 1,) fp32 on the CPU, the last 0.
+def set_schedule(
+    scheduler: SchedulerMixin, num_steps: int, shift: float | None = None, sigmas: Sequence[float] | None = None
+) -> Tensor:
+    """Set ``scheduler`` to N steps; returns the noise level at which each of its predictions is made, then 0, fp32.
 
-    ``shift`` None takes the scheduler's configured one. Kept on the CPU, a step never waits for the device.
+    Diffusers' Euler scheduler gets linspace(1, 0, N + 1), shifted: those are (N + 1,) levels. Schedulers of higher
+    order (Heun, UniPC, DPM-Solver++ in flow mode) choose their own levels and may predict several times a step. Kept
+    on the CPU, a step never waits for the device.
+
+    Args:
+        scheduler: a flow-matching scheduler.
+        shift: None takes the configured one.
+        sigmas: noise levels before the shift, falling, without the last 0; in place of ``num_steps``.
+
+    Raises:
+        UserError: a scheduler of another kind, or one that takes no shift or no sigmas.
     """
-    shift = scheduler.config.shift if shift is None else shift
-    scheduler.set_shift(shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_steps + 1)[:-1].tolist())
+    config, takes = scheduler.config, inspect.signature(scheduler.set_timesteps).parameters
+    flows = any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__) or (
+        config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    )
+    if not flows:
+        raise UserError(
+            f"scheduler: wanted a flow-matching one, got {type(scheduler).__name__}; use "
+            "FlowMatchEulerDiscreteScheduler, or give it use_flow_sigmas=True, prediction_type='flow_prediction'"
+        )
+    euler = hasattr(scheduler, "set_shift")
+    if shift is not None and not euler:
+        raise UserError(f"shift: {type(scheduler).__name__} takes it from its configuration; leave it out")
+    if sigmas is not None and "sigmas" not in takes:
+        raise UserError(f"sigmas: {type(scheduler).__name__} takes none; give num_inference_steps")
+    if euler:
+        scheduler.set_shift(config.shift if shift is None else shift)
+        sigmas = np.linspace(1, 0, num_steps + 1)[:-1].tolist() if sigmas is None else list(sigmas)
+        scheduler.set_timesteps(sigmas=sigmas)
+    elif sigmas is not None:
+        scheduler.set_timesteps(sigmas=np.asarray(sigmas, np.float64))
+    else:
+        scheduler.set_timesteps(num_steps)
     return scheduler.sigmas
 
 
-def draw_noise(
-    shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None = None
-) -> torch.Tensor:
-    """Standard normal noise (B, 3, H, W) fp32, drawn image by image.
+class _Run(threading.local):
+    """What belongs to the run of the present thread."""
 
-    One generator draws the images in turn; a list holds one each, so an image does not depend on its neighbours.
-    Without one the CPU's global generator draws: a seed means the same picture on every device.
-    """
-    batch = shape[0]
-    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * batch
-    if len(generators) != batch:
-        raise UserError(f"generator: wanted one or a list of {batch} (one an image), got {len(generators)}")
-    return torch.cat(
-        [torch.randn((1, *shape[1:]), generator=g, device=g.device if g is not None else "cpu") for g in generators]
-    )
+    guidance_scale: float = 1.0
+    num_timesteps: int = 0
+    stage: str = ""
+    cfg_batched: bool | None = None
+    attention_kwargs: dict[str, Any] | None = None
+
+    def __reduce__(self):  # copies of a pipeline begin anew
+        return _Run, ()
 
 
-def image_to_pixels(image: Any, height: int, width: int) -> torch.Tensor:
-    """A picture as (1, 3, H, W) fp32 in [-1, 1], resized to ``height`` x ``width`` (tensors: antialiased bicubic).
-
-    Args:
-        image: PIL image (turned upright by its EXIF, alpha dropped), array (H, W, 3) uint8 or float in [0, 1], or
-            tensor (3, H, W) or (1, 3, H, W) in [0, 1].
-    """
-    if isinstance(image, np.ndarray):
-        image = image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
-        image = PIL.Image.fromarray(image)
-    if isinstance(image, PIL.Image.Image):
-        image = PIL.ImageOps.exif_transpose(image).convert("RGB")
-        if image.size != (width, height):
-            image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    else:
-        pixels = (image if image.ndim == 4 else image[None]).float() * 2 - 1
-        if pixels.shape[:2] != (1, 3):
-            raise UserError(f"image: wanted a tensor (3, H, W) in [0, 1], got {tuple(image.shape)}")
-        if pixels.shape[-2:] != (height, width):
-            pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    return pixels.clamp(-1, 1)
-
-
-def pixels_to_images(pixels: torch.Tensor, output_type: str) -> Any:
-    """Pixels (B, 3, H, W) in [-1, 1] as ``output_type`` asks.
-
-    "pil": a list; "np" (B, H, W, 3) or "pt" (B, 3, H, W): in [0, 1]; "latent": unchanged.
-    """
-    if output_type == "latent":
-        return pixels
-    if output_type == "pil":
-        return [PIL.Image.fromarray(image) for image in ops.to_uint8(pixels).cpu().numpy()]
-    pixels = (pixels / 2 + 0.5).clamp_(0, 1).cpu()
-    return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).numpy()
-
-
-class L2PPipeline(DiffusionPipeline):
+class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
     """Text-to-image and image-to-image with an `L2PTransformer2DModel`.
 
     Args:
         transformer: the L2P model.
         text_encoder: transformers Qwen3 model; None when only ``prompt_embeds`` are used.
         tokenizer: its tokenizer.
-        scheduler: `make_scheduler()`; any flow-matching scheduler with ``set_shift`` and ``set_timesteps(sigmas=)``.
+        scheduler: `make_scheduler()`, or any flow-matching scheduler of diffusers.
         default_steps, default_guidance_scale: what `__call__` takes when not told; None: by the patch size.
         coarse_size: tokens of the longer side of the coarse start (see `__call__`); None: no coarse start.
         coarse_strength: sigma in (0, 1] at which the full-size run takes over from the coarse one.
@@ -126,14 +121,14 @@ class L2PPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer"
     _optional_components = ["text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
     def __init__(
         self,
-        transformer,
-        text_encoder,
-        tokenizer,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        transformer: L2PTransformer2DModel,
+        text_encoder: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        scheduler: SchedulerMixin,
         default_steps: int | None = None,
         default_guidance_scale: float | None = None,
         coarse_size: int | None = None,
@@ -150,15 +145,18 @@ class L2PPipeline(DiffusionPipeline):
             coarse_strength=coarse_strength,
         )
         self._interrupt = False
-        self._stage = ""
-        self._cfg_batched: bool | None = None
+        self._run = _Run()
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> L2PPipeline:
-        """As every diffusers pipeline."""
-        from ..models import zimage as model  # noqa: F401  (diffusers takes components only from modules that are imported)
+    @property
+    def components(self) -> dict[str, Any]:
+        """Modules and defaults, so that ``L2PPipeline(**pipe.components)`` is the same pipeline."""
+        defaults = ("default_steps", "default_guidance_scale", "coarse_size", "coarse_strength")
+        return super().components | {name: self.config[name] for name in defaults}
 
-        return super().from_pretrained(*args, **kwargs)
+    @property
+    def execution_device(self) -> torch.device:
+        """Where it computes, offloaded or not."""
+        return self._execution_device
 
     @property
     def patch_size(self) -> int:
@@ -182,36 +180,67 @@ class L2PPipeline(DiffusionPipeline):
         return OF_PATCH[self.patch_size].guidance_scale if scale is None else scale
 
     @property
+    def default_shift(self) -> float:
+        """Shift of the noise schedule when `__call__` is not told."""
+        return self.scheduler.config.get("shift", self.scheduler.config.get("flow_shift", SHIFT))
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the run of this thread; a callback may change it (``pipe._guidance_scale``), as in other pipelines."""
+        return self._run.guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._run.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float) -> None:
+        self._run.guidance_scale = scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the run of this thread has guidance."""
+        return self.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Predictions that the run of this thread makes, over both stages."""
+        return self._run.num_timesteps
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """Given to the run of this thread."""
+        return self._run.attention_kwargs
+
+    @property
     def interrupt(self) -> bool:
         """Set ``pipe._interrupt = True`` in a callback to stop after that step, as in other diffusers pipelines."""
         return self._interrupt
 
     @property
     def stage(self) -> str:
-        """The stage now running: "coarse" or "full"; a callback may ask."""
-        return self._stage
+        """The stage now running in this thread: "coarse" or "full"; a callback may ask."""
+        return self._run.stage
 
     @property
     def cfg_batched(self) -> bool | None:
         """Whether the last run took both halves of guidance as one batch to its end; None: it had no guidance."""
-        return self._cfg_batched
+        return self._run.cfg_batched
 
-    @property
-    def _is_euler(self) -> bool:
-        """Whether the scheduler's step is the one that `ops.euler_step` fuses with guidance."""
-        return type(self.scheduler) is FlowMatchEulerDiscreteScheduler and not self.scheduler.config.stochastic_sampling
-
-    def encode_prompt(self, prompts: Sequence[str], device: torch.device | None = None) -> list[torch.Tensor]:
-        """Features (L_i, C) of each prompt; see `text.encode_prompts`."""
+    def encode_prompt(
+        self, prompts: Sequence[str], device: torch.device | None = None, max_sequence_length: int = MAX_TOKENS
+    ) -> list[Tensor]:
+        """Features (L_i, C) of each prompt; see `models.text.encode_prompts`."""
         if self.text_encoder is None or self.tokenizer is None:
             raise UserError("this pipeline has no text encoder: load one, or pass (negative_)prompt_embeds")
-        return encode_prompts(self.text_encoder, self.tokenizer, prompts, device or self._execution_device)
+        device = device or self._execution_device
+        return encode_prompts(self.text_encoder, self.tokenizer, prompts, device, max_sequence_length)
 
     def coarse_resolution(self, height: int, width: int, coarse_size: int | None = None) -> tuple[int, int] | None:
-        """Height and width in pixels of the coarse start of a ``height`` x ``width`` picture; None: it has none.
+        """Height and width in pixels of the coarse start of a ``height`` x ``width`` image; None: it has none.
 
         The longer side gets ``coarse_size`` tokens (the pipeline's own by default; 0: no coarse start), the shorter one
-        follows the aspect. A picture of no more tokens than that needs no coarse start.
+        follows the aspect. An image of no more tokens than that needs no coarse start.
         """
         tokens = self.config.coarse_size if coarse_size is None else coarse_size
         longer = max(height, width)
@@ -229,320 +258,287 @@ class L2PPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         shift: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        noise: torch.Tensor | None = None,
+        latents: Tensor | None = None,
+        noise: Tensor | None = None,
         image: Any = None,
         strength: float = 0.6,
-        prompt_embeds: Sequence[torch.Tensor] | None = None,
-        negative_prompt_embeds: Sequence[torch.Tensor] | None = None,
+        prompt_embeds: Sequence[Tensor] | None = None,
+        negative_prompt_embeds: Sequence[Tensor] | None = None,
+        max_sequence_length: int = MAX_TOKENS,
         cfg_batch: bool | str = "auto",
         coarse_size: int | None = None,
         coarse_strength: float | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[L2PPipeline, int, torch.Tensor, dict], dict | None] | None = None,
+        callback_on_step_end: Callable[[L2PPipeline, int, Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Draw pictures of prompts.
+        """Draw images of prompts.
 
         Args:
             prompt: one prompt or n.
             negative_prompt: what guidance steers away from: one for all, or n.
             height, width: in pixels, multiples of ``size_multiple``; by default the model's own size, or the image's.
             num_inference_steps: N; by default 30 for patch 16, 50 for larger ones, or what the pipeline's config says.
-            guidance_scale: g; 1 switches guidance off and halves the work. By default 2.0 for patch 16, 4.0 for larger.
+            sigmas: noise levels before the shift, falling, in place of ``num_inference_steps``.
+            guidance_scale: g; up to 1 guidance is off, which halves the work. By default 2.0 for patch 16, 4.0 for
+                larger.
             shift: of the noise schedule; by default the scheduler's (3).
             num_images_per_prompt: B = n times this.
-            generator: one drawing the images' noise in turn, or B: then an image does not depend on its neighbours.
-            noise: (B, 3, H, W) to use instead of drawing it (that of the full-size stage).
-            image: picture to start from (image-to-image); see `image_to_pixels`.
+            generator: one drawing the images' noise in turn, or B: then an image does not depend on its neighbors.
+            latents: (B, 3, H, W) noise to use instead of drawing it (that of the full-size stage); also ``noise``.
+            image: one to start from (image-to-image), n or B; see `pixels.image_to_pixels`.
             strength: in (0, 1]: the share of the steps that an image-to-image run takes; 1 ignores the image.
             prompt_embeds, negative_prompt_embeds: n tensors (L_i, C) instead of the prompts.
+            max_sequence_length: tokens of a prompt that are read, at most 512.
             cfg_batch: both halves of guidance as one batch: True, False, or "auto" (True until memory forbids).
             coarse_size, coarse_strength: override the config's; ``coarse_size`` 0 switches the coarse start off. With
-                it the picture is first sampled small, enlarged, noised to the first sigma <= ``coarse_strength`` and
+                it the image is first sampled small, enlarged, noised to the first sigma <= ``coarse_strength`` and
                 finished at full size. Both noises come from the same generator, the coarse one first.
+            attention_kwargs: {"scale": s} weighs the LoRA adapters that are loaded.
             output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W) in [0, 1], or "latent": the state, about [-1, 1].
-            return_dict: False returns a tuple with the pictures.
+            return_dict: False returns a tuple with the images.
             callback_on_step_end: called with the pipeline, the step (counted over both stages), its timestep in
-                [0, 1000] and {"latents": state}; it may return {"latents": a new state}.
+                [0, 1000] and the tensors asked for; it may return others in their place.
 
         Returns:
-            `ImagePipelineOutput` whose ``images`` is a list or an array of B.
+            ``images`` in the form that ``output_type`` asks.
 
         Raises:
-            UserError: an argument out of range; the message says what is valid.
-            torch.OutOfMemoryError: not even one image at a time with the narrowest bands fits.
+            UserError: arguments that don't fit the model or each other, or a state that isn't finite.
         """
-        prompts, negatives = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        prompts, negatives = _check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        height, width = self._check_size(height, width, image)
+        steps, sigmas = self._check_steps(num_inference_steps, sigmas)
         guidance = self.default_guidance_scale if guidance_scale is None else guidance_scale
         coarse_strength = coarse_strength or self.config.coarse_strength or COARSE_STRENGTH
-        height, width = self._check_size(height, width, image)
-        self._check_numbers(steps, guidance, shift, strength, coarse_strength, num_images_per_prompt)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+        numbers = {
+            "guidance": guidance, "shift": shift, "strength": strength, "coarse_strength": coarse_strength,
+            "coarse_size": coarse_size,
+        }  # fmt: skip
+        for name, value in numbers.items():
+            check_number(name, value, _NAMES.get(name))
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        if not 1 <= max_sequence_length <= MAX_TOKENS:
+            raise UserError(f"max_sequence_length must be from 1 to {MAX_TOKENS}, got {max_sequence_length}")
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if cfg_batch not in (True, False, "auto"):
             raise UserError(f"cfg_batch must be True, False or 'auto', got {cfg_batch!r}")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise UserError(f"a callback can be given {self._callback_tensor_inputs}, not {sorted(unknown)}")
+        if unknown := set(attention_kwargs or {}) - {"scale"}:
+            raise UserError(f"attention_kwargs: only scale has a meaning here, got {sorted(unknown)}")
+        if latents is not None and noise is not None:
+            raise UserError("latents and noise are two names of one argument; give one")
+        noise = latents if noise is None else noise
 
-        device = self._execution_device
-        self._interrupt, self._cfg_batched = False, None
-        guided = guidance != 1
-        if prompt_embeds is None:
-            texts = prompts + (negatives if guided and negative_prompt_embeds is None else [])
-            features = self.encode_prompt(texts, device)
-            prompt_embeds, rest = features[: len(prompts)], features[len(prompts) :]
-        else:
-            rest = self.encode_prompt(negatives, device) if guided and negative_prompt_embeds is None else []
-        negative_prompt_embeds = (rest if negative_prompt_embeds is None else negative_prompt_embeds) if guided else []
+        run, device = self._run, self._execution_device
+        self._interrupt, run.cfg_batched, run.guidance_scale = False, None, float(guidance)
+        run.attention_kwargs = attention_kwargs
+        guided = self.do_classifier_free_guidance
+        texts = prompts if prompt_embeds is None else []
+        rest = negatives if guided and negative_prompt_embeds is None else []
+        features = self.encode_prompt([*texts, *rest], device, max_sequence_length) if [*texts, *rest] else []
+        positive = features[: len(texts)] if prompt_embeds is None else prompt_embeds
+        negative = features[len(texts) :] if negative_prompt_embeds is None else negative_prompt_embeds
         caps = [
             [cap.to(device, self.transformer.dtype) for cap in half for _ in range(num_images_per_prompt)]
-            for half in (prompt_embeds, negative_prompt_embeds)
+            for half in (positive, negative if guided else [])
         ]
         batch = len(caps[0])
         if guided and len(caps[1]) != batch:
-            raise UserError(f"negative prompts: wanted 1 or {len(prompt_embeds)}, got {len(negative_prompt_embeds)}")
+            raise UserError(f"negative prompts: wanted 1 or {len(positive)}, got {len(negative)}")
         if noise is not None and tuple(noise.shape) != (batch, 3, height, width):
             raise UserError(f"noise: wanted a shape of {(batch, 3, height, width)}, got {tuple(noise.shape)}")
 
-        sigmas = set_schedule(self.scheduler, steps, shift)
+        levels = set_schedule(copy.deepcopy(self.scheduler), steps, shift, sigmas)
+        order, total = self.scheduler.order, len(levels) - 1
         first, coarse = 0, None
         if image is not None:
-            first = min(steps - 1, int(steps - steps * strength))
+            first = min(steps - 1, int(steps - steps * strength)) * order
         elif coarse := self.coarse_resolution(height, width, coarse_size):
             # 0.6 is not exactly 0.6 in fp32
-            first = min(steps - 1, int((sigmas > coarse_strength + 1e-6).sum()))
-            coarse = coarse if first else None  # at sigma 1 nothing of a coarse picture would be left
+            first = int((levels[:-1:order] > coarse_strength + 1e-6).sum()) * order
+            first = min((steps - 1) * order, first)
+            coarse = coarse if first else None  # at sigma 1 nothing of a coarse image would be left
+        run.num_timesteps = total - first + (total if coarse else 0)
 
-        def run(pixels: torch.Tensor, begin: int, done: int, bar) -> torch.Tensor:
-            self._stage = "coarse" if coarse and not done else "full"
+        def stage(name: str, pixels: Tensor, begin: int, done: int) -> Tensor:
+            run.stage = name
+            scheduler = copy.deepcopy(self.scheduler)  # it counts its own steps, and keeps predictions
+            times = 1 - set_schedule(scheduler, steps, shift, sigmas)[:-1]
+            predict = Predictor(self.transformer, *caps, tuple(pixels.shape[-2:]), times, cfg_batch)
             size = f"{pixels.shape[3]}x{pixels.shape[2]}"
-            bar.set_description(f"{self._stage} {size}" if coarse else size)
-            predict = _Predictor(self.transformer, *caps, pixels, 1 - sigmas[:-1], cfg_batch)
-            set_schedule(self.scheduler, steps, shift)  # a scheduler counts its own steps: begin anew
-            self.scheduler.set_begin_index(begin)
-            for i in range(begin, steps):
-                if self._interrupt:
-                    break
-                t = self.scheduler.timesteps[i]
-                raw, negative = predict(pixels, i)
-                if self._is_euler:
-                    # a callback may keep the states it is given
-                    step = ops.euler_step_ if callback_on_step_end is None else ops.euler_step
-                    pixels = step(pixels, raw, float(sigmas[i + 1] - sigmas[i]), negative, guidance)
-                else:
-                    v = flow.velocity(raw.float())
-                    if negative is not None:
-                        v = flow.guide(v, flow.velocity(negative.float()), guidance)
-                    pixels = self.scheduler.step(v, t, pixels, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {name: pixels for name in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, done + i - begin, t, tensors)
-                    pixels = (returned or {}).get("latents", pixels).float()
-                bar.update()
-            self._cfg_batched = predict.cfg_batched
-            return pixels
+            bar.set_description(f"{name} {size}" if coarse else size)
 
-        with self.progress_bar(total=steps - first + (steps if coarse else 0)) as bar:
-            start = None
-            if image is not None:
-                start = self._check_images(image, batch, height, width)
-            elif coarse:
-                start = run(draw_noise((batch, 3, *coarse), generator).to(device), 0, 0, bar)
-                start = F.interpolate(start.clamp_(-1, 1), (height, width), mode="bicubic")
-            given = noise is not None  # not ours to write over
-            if noise is None:
-                noise = draw_noise((batch, 3, height, width), generator)
-            pixels = noise.to(device, torch.float32, copy=given)
-            if start is not None:
-                pixels = flow.add_noise(start.to(device), pixels, float(sigmas[first]))
-            del start, noise
-            pixels = run(pixels, first, steps if coarse else 0, bar)
+            def on_step(i: int, state: Tensor) -> Tensor | None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    # a callback may keep the states it is given
+                    given = {"latents": lambda: state.clone(), "prompt_embeds": lambda: list(predict.positive)}
+                    given = {name: given[name]() for name in callback_on_step_end_tensor_inputs}
+                    answer = callback_on_step_end(self, done + i - begin, scheduler.timesteps[i], given) or {}
+                    # One that ends guidance hands back the last row alone: the rows that are left stay as they are.
+                    if len(embeds := answer.get("prompt_embeds", ())) == batch:
+                        predict.replace_positive(embeds)
+                    if (changed := answer.get("latents")) is not None:
+                        state = changed.to(device, torch.float32)
+                if self._interrupt:
+                    raise Stop
+                return state
+
+            try:
+                return denoise(predict, pixels, scheduler, lambda: run.guidance_scale, begin, on_step)
+            finally:
+                run.cfg_batched = predict.cfg_batched
+
+        lora_scale = (attention_kwargs or {}).get("scale")
+        if lora_scale is not None:
+            scale_lora_layers(self.transformer, lora_scale)
+        try:
+            with self.progress_bar(total=run.num_timesteps) as bar:
+                start = None
+                if image is not None:
+                    start = self._check_images(image, batch, num_images_per_prompt, height, width)
+                elif coarse:
+                    start = stage("coarse", draw_noise((batch, 3, *coarse), generator).to(device), 0, 0)
+                    start = F.interpolate(start.clamp_(-1, 1), (height, width), mode="bicubic")
+                given = noise is not None  # not ours to write over
+                if noise is None:
+                    noise = draw_noise((batch, 3, height, width), generator)
+                pixels = noise.to(device, torch.float32, copy=given)
+                if start is not None:
+                    pixels = flow.add_noise(start.to(device), pixels, float(levels[first]))
+                del start, noise
+                if not self._interrupt:
+                    pixels = stage("full", pixels, first, total if coarse else 0)
+        finally:
+            if lora_scale is not None:
+                unscale_lora_layers(self.transformer, lora_scale)
 
         images = pixels_to_images(pixels, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_embeds) -> tuple[list[str], list[str]]:
-        if (prompt is None) == (prompt_embeds is None):
-            raise UserError("give either prompt or prompt_embeds")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
-        if not count:
-            raise UserError("prompt: wanted at least one, got an empty list")
-        negatives = [negative_prompt or ""] if isinstance(negative_prompt, (str, type(None))) else list(negative_prompt)
-        negatives = negatives * count if len(negatives) == 1 else negatives
-        if negative_embeds is None and len(negatives) != count:
-            raise UserError(f"negative_prompt: wanted 1 or {count}, got {len(negatives)}")
-        if not all(isinstance(text, str) for text in prompts + negatives):
-            raise UserError("prompt and negative_prompt must be strings or lists of strings")
-        return prompts, negatives
-
     def _check_size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
         multiple = self.size_multiple
-        own = [NATIVE_TOKENS * self.patch_size] * 2
+        own = (NATIVE_TOKENS * self.patch_size,) * 2
         if image is not None:
-            one = image[0] if isinstance(image, (list, tuple)) else image
-            if not isinstance(one, (PIL.Image.Image, np.ndarray, torch.Tensor)):
-                raise UserError(f"image: wanted a PIL image, an array or a tensor, got {type(one).__name__}")
-            if isinstance(one, PIL.Image.Image):
-                size = PIL.ImageOps.exif_transpose(one).size[::-1]
-            else:
-                size = one.shape[:2] if isinstance(one, np.ndarray) else one.shape[-2:]
-            own = [max(multiple, round(side / multiple) * multiple) for side in size]
-        height, width = own[0] if height is None else height, own[1] if width is None else width
-        for name, value in (("height", height), ("width", width)):
-            if not isinstance(value, int) or value < 1 or value % multiple:
-                near = nearest_sizes(max(int(value), 1), multiple)
-                raise UserError(f"{name} must be a multiple of {multiple} for this checkpoint, got {value}; try {near}")
-        return height, width
+            images = images_of(image)
+            if not images:
+                raise UserError("image: wanted at least one, got none")
+            own = tuple(max(multiple, round(side / multiple) * multiple) for side in size_of(images[0]))
+        sides = []
+        for name, value, default in (("height", height, own[0]), ("width", width, own[1])):
+            try:
+                value = default if value is None else operator.index(value)  # numpy's integers too
+            except TypeError:
+                raise FieldError(name, f"must be a whole number of pixels, got {value!r}") from None
+            check_size(name, value, multiple)
+            sides.append(value)
+        return sides[0], sides[1]
+
+    def _check_steps(self, steps: int | None, sigmas: Sequence[float] | None) -> tuple[int, list[float] | None]:
+        if sigmas is not None:
+            sigmas = [float(sigma) for sigma in sigmas]
+            falling = all(after < before for before, after in zip([1.0 + 1e-9, *sigmas], sigmas, strict=False))
+            if not sigmas or not falling or sigmas[-1] <= 0:
+                raise UserError("sigmas must fall from at most 1 and stay above 0 (the last 0 is added)")
+            if steps not in (None, len(sigmas)):
+                raise UserError(f"num_inference_steps is {steps}, but there are {len(sigmas)} sigmas; leave one out")
+            return len(sigmas), sigmas
+        try:
+            steps = self.default_steps if steps is None else operator.index(steps)
+        except TypeError:
+            raise FieldError(_NAMES["steps"], f"must be a whole number of at least 1, got {steps!r}") from None
+        check_number("steps", steps, _NAMES["steps"])
+        return steps, None
 
     @staticmethod
-    def _check_numbers(steps, guidance, shift, strength, coarse_strength, images_per_prompt) -> None:
-        if not isinstance(steps, int) or steps < 1:
-            raise UserError(f"num_inference_steps must be a whole number of at least 1, got {steps}")
-        if not 0 <= guidance < float("inf"):
-            raise UserError(f"guidance_scale must be at least 0 (1: no guidance), got {guidance}")
-        if shift is not None and not 0 < shift < float("inf"):
-            raise UserError(f"shift must be positive, got {shift}; {SHIFT:g} is the published value")
-        for name, value in (("strength", strength), ("coarse_strength", coarse_strength)):
-            if not 0 < value <= 1:
-                raise UserError(f"{name} must be above 0 and at most 1, got {value}; try {min(max(value, 0.1), 1.0):g}")
-        if images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt must be at least 1, got {images_per_prompt}")
-
-    @staticmethod
-    def _check_images(image: Any, batch: int, height: int, width: int) -> torch.Tensor:
-        images = list(image) if isinstance(image, (list, tuple)) else [image]
+    def _check_images(image: Any, batch: int, each: int, height: int, width: int) -> Tensor:
+        images = images_of(image)
+        if len(images) * each == batch and each > 1:
+            images = [one for one in images for _ in range(each)]
         if len(images) not in (1, batch):
-            raise UserError(f"image: wanted 1 or {batch}, got {len(images)}")
+            raise UserError(f"image: wanted 1, {batch // each} or {batch}, got {len(images)}")
         pixels = torch.cat([image_to_pixels(one, height, width) for one in images])
         return pixels.expand(batch, -1, -1, -1)
 
 
-class _Predictor:
-    """The network's predictions of one stage, and how to go on when memory runs out.
-
-    Rows are the B positive samples, then the B negative ones. `rows_at_once` of them run as a batch: R, B, or one.
-    Out of memory, the head's bands get narrower first (that costs little time), then fewer rows run at once.
-    """
-
-    def __init__(self, transformer, caps, negative_caps, pixels: torch.Tensor, timesteps, cfg_batch):
-        self.transformer = transformer
-        self.caps = [*caps, *negative_caps]
-        self.batch, _, self.height, self.width = pixels.shape
-        self.timesteps = timesteps.to(pixels.device)
-        self.forced = cfg_batch is True
-        self.rows_at_once = len(self.caps)
-        on_cpu = pixels.device.type == "cpu"
-        if cfg_batch is False or (cfg_batch == "auto" and on_cpu and self.height * self.width > _CPU_BATCH_PIXELS):
-            self.rows_at_once = self.batch
-        self.conditions: dict[int, Any] = {}
-
-    @property
-    def cfg_batched(self) -> bool | None:
-        return None if len(self.caps) == self.batch else self.rows_at_once == len(self.caps)
-
-    def __call__(self, pixels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Raw outputs (B, 3, H, W) at ``step`` of the schedule: of the prompts, and of the negative ones if any."""
-        while True:
-            try:
-                return self._raw(pixels, step)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or not self._retreat():
-                    raise
-            gc.collect()  # outside the handler: the exception's frames held the tensors
-            if pixels.is_cuda:
-                torch.cuda.empty_cache()
-
-    def _raw(self, pixels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raw = []
-        for start in range(0, len(self.caps), self.rows_at_once):
-            rows = range(start, min(start + self.rows_at_once, len(self.caps)))
-            if start not in self.conditions:
-                with _awake(self.transformer):
-                    self.conditions[start] = self.transformer.prepare(
-                        self.caps[rows.start : rows.stop], self.height, self.width, timesteps=self.timesteps
-                    )
-            samples = [row % self.batch for row in rows]
-            x = pixels if samples == list(range(self.batch)) else pixels[samples]
-            t = self.timesteps[step].expand(len(rows))
-            raw.append(self.transformer(x, t, cond=self.conditions[start], step=step))
-        if len(raw) > len(self.caps) // self.batch:  # row by row
-            raw = [torch.cat(raw)]
-        halves = raw[0].split(self.batch) if len(raw) == 1 else raw
-        return halves[0], halves[1] if len(halves) > 1 else None
-
-    def _retreat(self) -> bool:
-        """Choose a smaller way of running and say so; False: there is none."""
-        head = getattr(self.transformer, "local_decoder", None)
-        now = getattr(head, "memory_mb", None) or AUTO_MEMORY_MB
-        if head is not None and (smaller := next((mb for mb in _SMALLER_HEAD_MB if mb < now), None)):
-            head.memory_mb, head.band_rows = smaller, None  # kept for later runs: they would run out as well
-            logger.warning("out of memory: retrying with head bands of %g MB", smaller)
-        elif self.rows_at_once > self.batch and not self.forced:
-            self._run_at_once(self.batch)
-            logger.warning("out of memory: retrying with the two halves of guidance one after the other")
-        elif self.rows_at_once > 1 and not self.forced:
-            self._run_at_once(1)
-            logger.warning("out of memory: retrying with one image at a time")
-        else:
-            return False
-        return True
-
-    def _run_at_once(self, rows: int) -> None:
-        self.rows_at_once = rows
-        self.conditions.clear()
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def _awake(module: torch.nn.Module) -> Iterator[None]:
-    """Run an offloaded module's hook around a method other than ``forward``, which alone the hook would see."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.post_forward(module, None)
+def _check_prompts(prompt, negative_prompt, prompt_embeds, negative_embeds) -> tuple[list[str], list[str]]:
+    if (prompt is None) == (prompt_embeds is None):
+        raise UserError("give either prompt or prompt_embeds")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
+    if not count:
+        raise UserError("prompt: wanted at least one, got an empty list")
+    negatives = [negative_prompt or ""] if isinstance(negative_prompt, (str, type(None))) else list(negative_prompt)
+    negatives = negatives * count if len(negatives) == 1 else negatives
+    if negative_embeds is None and len(negatives) != count:
+        raise UserError(f"negative_prompt: wanted 1 or {count}, got {len(negatives)}")
+    if not all(isinstance(text, str) for text in prompts + negatives):
+        raise UserError("prompt and negative_prompt must be strings or lists of strings")
+    return prompts, negatives
 
 
 def load_pipeline(
-    model: str | os.PathLike, text_encoder: str | os.PathLike | None = None, torch_dtype: torch.dtype | None = None
+    model: str | os.PathLike,
+    text_encoder: str | os.PathLike | None = None,
+    torch_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> L2PPipeline:
     """Load a pipeline folder, or a checkpoint (file, shards or transformer folder) with a text encoder beside it.
+
+    Weights are read straight to ``device`` in ``torch_dtype``, or quantized on the way. Of a pipeline folder only
+    tensors and JSON are read: no code of its own runs, and the classes are ours whatever it names.
 
     Args:
         model: path. A pipeline folder has a ``model_index.json``.
         text_encoder: folder or hub id with subfolders ``text_encoder`` and ``tokenizer``, such as
             Tongyi-MAI/Z-Image-Turbo; needed unless ``model`` is a pipeline folder.
         torch_dtype: of transformer and text encoder; None: as the transformer is stored (`Checkpoint.default_dtype`).
+        device: where they go.
+        quantize: None, "fp8" or "int8": the transformer's blocks in 8 bits.
 
     Raises:
         UserError: a file that can't be used, or no text encoder.
     """
-    from ..loading import load_model, load_text_encoder
-
     model = os.fspath(model)
-    is_pipeline = os.path.isfile(os.path.join(model, "model_index.json"))
+    index = os.path.join(model, "model_index.json")
+    is_pipeline = os.path.isfile(index)
     if not is_pipeline and text_encoder is None:
         raise UserError(f"{model} holds no text encoder; name one as well, for example Tongyi-MAI/Z-Image-Turbo")
-    transformer = load_model(os.path.join(model, "transformer") if is_pipeline else model, dtype=torch_dtype)
-    encoder, tokenizer = load_text_encoder(model if text_encoder is None else text_encoder, transformer.dtype)
-    components = {"transformer": transformer, "text_encoder": encoder, "tokenizer": tokenizer}
-    if not is_pipeline:
-        return L2PPipeline(scheduler=make_scheduler(), **components)
-    try:  # what is left to read is the scheduler and the defaults
-        return L2PPipeline.from_pretrained(model, local_files_only=True, **components)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"can't load the pipeline folder {model}: {str(error).splitlines()[0]}") from error
+    defaults, scheduler = {}, make_scheduler()
+    if is_pipeline:
+        known = inspect.signature(L2PPipeline).parameters
+        stored = load_json(Path(index))
+        defaults = {name: stored[name] for name in known if name.startswith(("default_", "coarse_")) and name in stored}
+        scheduler = _read_scheduler(os.path.join(model, "scheduler", "scheduler_config.json"))
+        for name, value in defaults.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise UserError(f"{index}: {name} is {value!r}, not a number; get the folder again")
+    transformer = load_model(
+        os.path.join(model, "transformer") if is_pipeline else model, torch_dtype, device, quantize=quantize
+    )
+    encoder, tokenizer = load_text_encoder(model if text_encoder is None else text_encoder, transformer.dtype, device)
+    return L2PPipeline(transformer, encoder, tokenizer, scheduler, **defaults)
+
+
+def _read_scheduler(path: str) -> FlowMatchEulerDiscreteScheduler:
+    """The Euler scheduler with the shift that a folder's configuration names; published folders hold no other kind."""
+    if not os.path.isfile(path):
+        return make_scheduler()
+    shift = load_json(Path(path)).get("shift", SHIFT)
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)):
+        raise UserError(f"{path}: shift is {shift!r}, not a number; get the folder again")
+    check_number("shift", shift, f"{path}: shift")
+    return make_scheduler(shift)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files import atomic_path
 from ..sampling import flow
-from ..sampling.pipeline import pixels_to_images
+from ..sampling.pixels import pixels_to_images
 from .build import autocast
 from .config import Config, as_dict
 from .data import Features

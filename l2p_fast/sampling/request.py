@@ -1,0 +1,235 @@
+"""What is asked for, as data: `Request`, one image; `Setup`, the model that draws it and how it runs.
+
+Both are frozen, checked once when they are made, and go to JSON and back, so an image file can hold all that repeats
+it. No torch here: a mistake is answered before anything heavy is imported. A wrong value raises `FieldError`, which
+each surface words with its own name for the field (`--steps`, ``num_inference_steps``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+
+from ..errors import FieldError, UserError
+from ..models import attention as backends
+from ..variants import nearest_sizes
+
+
+class Range(NamedTuple):
+    """The values that a number may take, and a usual one."""
+
+    least: float
+    most: float
+    usual: float
+    above: bool = False  # ``least`` itself is left out
+
+
+LARGEST_SIDE = 1 << 20
+RANGES: dict[str, Range] = {
+    "steps": Range(1, 10_000, 30),
+    "seed": Range(0, 2**63 - 1, 0),
+    "height": Range(1, LARGEST_SIDE, 1024),
+    "width": Range(1, LARGEST_SIDE, 1024),
+    "guidance": Range(0, 1e6, 1),
+    "shift": Range(0, 1e6, 3, above=True),
+    "strength": Range(0, 1, 0.6, above=True),
+    "coarse_size": Range(0, 1 << 16, 0),
+    "coarse_strength": Range(0, 1, 0.6, above=True),
+    "head_memory_mb": Range(0, 1e9, 256, above=True),
+    "num_images": Range(1, 100_000, 1),
+}
+LONGEST_PROMPT = 100_000  # characters; the model reads the first 512 tokens
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"} | {
+    name: name for name in ("auto", "bfloat16", "float32", "float16")
+}
+
+
+def check_number(field: str, value: float | None, name: str | None = None) -> None:
+    """That ``value`` lies in the range of ``field``; None is left to the model.
+
+    Raises:
+        FieldError: it doesn't; ``name`` is what the message calls the field.
+    """
+    if value is None:
+        return
+    least, most, usual, above = RANGES[field]
+    name = name or field
+    if field == "seed" and value > most:
+        raise FieldError(name, f"must be below 2^63, got {value}; try {value % 2**63}")
+    if math.isnan(value) or value < least or (above and value == least):
+        wanted = f"above {least:g}" if above else f"at least {least:g}"
+        if above and most == 1:
+            wanted += " and at most 1"
+        none = " (1: none)" if field == "guidance" else ""
+        near = 0.1 if above and most == 1 else usual if above or field == "guidance" else least
+        raise FieldError(name, f"must be {wanted}{none}, got {value}; try {near:g}")
+    if value > most:
+        wanted = f"above {least:g} and at most {most:g}" if above else f"at most {most:g}"
+        raise FieldError(name, f"must be {wanted}, got {value}; try {most if most == 1 else usual:g}")
+
+
+def check_size(field: str, value: int, multiple: int | None) -> None:
+    """That a height or width suits a model whose sides are multiples of ``multiple`` (None: not known yet)."""
+    check_number(field, value)
+    if multiple and value % multiple:
+        near = nearest_sizes(value, multiple)
+        raise FieldError(field, f"must be a multiple of {multiple} for this checkpoint, got {value}; try {near}")
+
+
+def check_text(field: str, text: str) -> None:
+    """That a prompt can be encoded and is not absurdly long."""
+    if len(text) > LONGEST_PROMPT:
+        raise FieldError(field, f"has {len(text)} characters; at most {LONGEST_PROMPT} are taken: shorten it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FieldError(field, f"is not valid text at character {error.start + 1}; give it as UTF-8") from None
+
+
+def choose(field: str, value: str, valid: Collection[str]) -> str:
+    """``value`` if it is among ``valid``; else a `FieldError` that names the nearest."""
+    if value in valid:
+        return value
+    near = difflib.get_close_matches(value, list(valid), 1, 0.4)
+    hint = f"try {near[0]}" if near else f"choose from {', '.join(valid)}"
+    raise FieldError(field, f"has the unknown value {value!r}; {hint}")
+
+
+_Data = TypeVar("_Data", bound="_Fields")
+
+
+class _Fields:
+    """Reading and writing of a dataclass as plain JSON values."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name: strings, numbers, booleans, None."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names of the fields, in order."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_dict(cls: type[_Data], values: Mapping[str, Any]) -> _Data:
+        """The fields that ``values`` holds; others of its keys are left alone.
+
+        Raises:
+            FieldError: a value of the wrong type, or one that can't be.
+        """
+        kinds, found = get_type_hints(cls), {}
+        for name in cls.field_names():
+            if name not in values:
+                continue
+            value, kind = values[name], get_args(kinds[name]) or (kinds[name],)
+            if float in kind and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value) if abs(value) < 2**53 else math.inf
+            if not isinstance(value, kind) or isinstance(value, bool) and bool not in kind:
+                raise FieldError(name, f"is {str(value)[:60]!r}, not {kind[0].__name__}")
+            found[name] = value
+        try:
+            return cls(**found)
+        except TypeError:  # a required field is missing
+            lost = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in found]
+            raise FieldError(lost[0], "is missing") from None
+
+
+@dataclass(frozen=True)
+class Request(_Fields):
+    """One image to draw. None leaves a choice to the model; what was drawn in the end has none.
+
+    Attributes:
+        prompt: what to draw.
+        seed: of the noise, which is drawn on the CPU: it means the same on every device.
+        negative: prompt that guidance steers away from.
+        height, width: in pixels.
+        steps: denoising steps.
+        guidance: guidance scale; up to 1: none.
+        shift: of the noise schedule.
+        image: path of an image to start from; ``image_sha256`` its digest, when it must not have changed since.
+        strength: share of the steps that an image to start from is put through, in (0, 1].
+        coarse_size: tokens of the longer side of the coarse start; 0: none.
+        coarse_strength: noise level at which full size takes over from the coarse start, in (0, 1].
+        cfg_batch: both halves of guidance as one batch: "on", "off" or "auto".
+
+    Raises:
+        FieldError: a value that can't be.
+    """
+
+    prompt: str
+    seed: int
+    negative: str = ""
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    shift: float | None = None
+    image: str | None = None
+    image_sha256: str | None = None
+    strength: float | None = None
+    coarse_size: int | None = None
+    coarse_strength: float | None = None
+    cfg_batch: str = "auto"
+
+    def __post_init__(self):
+        check_text("prompt", self.prompt)
+        check_text("negative", self.negative)
+        for name in self.field_names():
+            if name in RANGES:
+                check_number(name, getattr(self, name))
+        choose("cfg_batch", self.cfg_batch, ("auto", "on", "off"))
+        if self.strength is not None and self.image is None:
+            raise FieldError("strength", "has no effect without {image}; add one, or leave it out")
+
+
+@dataclass(frozen=True)
+class Setup(_Fields):
+    """Which model draws, and how it runs.
+
+    Attributes:
+        model: checkpoint file, folder or pipeline folder; tiny-1k or tiny-4k for a bundled model; None: a bundled one.
+        text_encoder: folder or hub id with text_encoder/ and tokenizer/; None: the pipeline folder's own.
+        dtype: bfloat16, float32, float16 (or bf16, fp32, fp16), or auto: the checkpoint's own, where that is fast.
+        device: cpu, cuda, cuda:N, mps, xpu, or auto: a GPU if there is one.
+        attention: a backend of `models.attention.BACKENDS`, or auto: the fastest of those installed.
+        quantize: none, fp8 or int8: the blocks' weights and products in 8 bits.
+        compile: torch.compile the blocks.
+        offload: none, model or sequential: keep in host memory what is not at work.
+        head_memory_mb: working memory of the Detailer Head.
+
+    Raises:
+        FieldError: a value that can't be, or a package that isn't installed.
+    """
+
+    model: str | None = None
+    text_encoder: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    quantize: str = "none"
+    compile: bool = False
+    offload: str = "none"
+    head_memory_mb: float | None = None
+
+    def __post_init__(self):
+        for name, text in (("model", self.model), ("text_encoder", self.text_encoder)):
+            if text is not None and ("\0" in text or len(text) > 4096):
+                raise FieldError(name, f"is not a path: {text[:60]!r}")
+        object.__setattr__(self, "dtype", DTYPES[choose("dtype", self.dtype, DTYPES)])
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,4})?", self.device):
+            raise FieldError("device", f"must be auto, cpu, cuda, cuda:N, mps or xpu, got {self.device!r}; try auto")
+        choose("quantize", self.quantize, ("none", "fp8", "int8"))
+        choose("attention", self.attention, backends.BACKENDS)
+        try:
+            backends.check(self.attention, biased=False)
+        except UserError as error:
+            raise FieldError("attention", str(error).removeprefix("--").removeprefix("attention ")) from error
+        choose("offload", self.offload, ("none", "model", "sequential"))
+        if self.offload != "none" and self.device == "cpu":
+            raise FieldError("offload", f"{self.offload} needs a GPU; leave it out with {{device}} cpu")
+        check_number("head_memory_mb", self.head_memory_mb)

@@ -1,0 +1,281 @@
+"""A model that is loaded and draws: `Session.load(setup)`, then ``session.draw(request)`` for each image.
+
+Every surface (the command line, a trainer's sample sheets, benchmarks, a server) draws through this and nothing else.
+A session draws one image at a time; calls from several threads wait for one another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from .. import __version__, ops
+from ..errors import FieldError
+from ..models import attention
+from ..quantize.products import weight_error
+from ..variants import OF_PATCH
+from .drawing import Drawing, read_image
+from .facts import check_text_encoder, find_model
+from .pipeline import L2PPipeline, load_pipeline
+from .request import Request, Setup, check_size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+_CFG_BATCH = {"on": True, "off": False, "auto": "auto"}
+STRENGTH = 0.6  # of a request with an image and no strength of its own
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What ``on_step`` is told after each step.
+
+    Attributes:
+        step: how many are done, of ``total`` over both stages.
+        stage: "coarse" or "full".
+        pixels: (1, 3, H, W) fp32, the state; a copy of its own.
+    """
+
+    step: int
+    total: int
+    stage: str
+    pixels: torch.Tensor
+
+
+class Session:
+    """A pipeline in its place.
+
+    Args:
+        pipeline: loaded, and where it is to run.
+        setup: how it runs; what it leaves to be chosen ("auto") is chosen by `load` and at the first image's size.
+        name: of the model, as it stands in an image's settings.
+        texts: text features (L_i, C) of prompts, where the pipeline has no text encoder.
+        report: lines on what runs, and why.
+
+    Attributes:
+        setup: with the choices made so far.
+    """
+
+    def __init__(
+        self,
+        pipeline: L2PPipeline,
+        setup: Setup | None = None,
+        name: str = "",
+        texts: Callable[[Sequence[str]], list[torch.Tensor]] | None = None,
+        report: Sequence[str] = (),
+    ):
+        self.pipeline, self.setup, self.name, self.texts = pipeline, setup or Setup(), name, texts
+        self.report = list(report)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, setup: Setup, size: int | None = None) -> Session:
+        """Load the model that ``setup`` names straight onto its device.
+
+        Args:
+            size: longer side in pixels of the images to come, by which a bundled model is chosen where none is named.
+
+        Raises:
+            UserError: a model, text encoder or device that isn't there or can't be used.
+        """
+        facts = find_model(setup.model, size)
+        check_text_encoder(setup.text_encoder, facts)
+        device = _pick_device(setup)
+        dtype, why = _pick_dtype(setup.dtype, device)
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        at_once = device if setup.offload == "none" else torch.device("cpu")
+        quantize = None if setup.quantize == "none" else setup.quantize
+        pipe = load_pipeline(facts.path, setup.text_encoder, dtype, at_once, quantize)
+        if setup.head_memory_mb is not None:
+            pipe.transformer.head.memory_mb = setup.head_memory_mb
+        if quantize:
+            why += f", blocks in {quantize} (weights {weight_error(pipe.transformer):.1%} off)"
+        if setup.compile:
+            pipe.transformer.compile_repeated_blocks()
+        if setup.offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        elif setup.offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        count = sum(p.numel() for p in pipe.transformer.parameters())
+        count += sum(b.numel() for n, b in pipe.transformer.named_buffers() if n.endswith(".weight"))  # in 8 bits
+        words = f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        kind = str(pipe.transformer.dtype).removeprefix("torch.")
+        report = [
+            f"model      {facts.name} (patch {pipe.patch_size}, {words} parameters)",
+            f"device     {device} ({where}), {kind}{why}",
+            f"extension  {ops.extension_status()}",
+        ]
+        setup = replace(setup, model=facts.name, device=str(device), dtype=kind)
+        return cls(pipe, setup, facts.name, report=report)
+
+    def choose_attention(self, height: int, width: int) -> str:
+        """Settle the attention backend for images of this size; returns its name and why, as words."""
+        config, patch = self.pipeline.transformer.config, self.pipeline.patch_size
+        biased = config.rope_grid is not None
+        tokens = (height // patch) * (width // patch) + attention.TEXT_TOKENS
+        shape = 1, tokens, config.n_heads, config.dim // config.n_heads
+        given = shape, self.pipeline.transformer.dtype, torch.device(self.pipeline.execution_device), biased
+        name, why = self.setup.attention, ""
+        if name == "auto":
+            name, words = attention.fastest(*given)
+            why = f" ({words})"
+            self.setup = replace(self.setup, attention=name)
+        else:
+            attention.check(name, biased)
+        return f"{name}{why}; {attention.ragged(name, *given)}"
+
+    def fill(self, request: Request) -> Request:
+        """``request`` with every choice that it leaves to the model made.
+
+        Raises:
+            FieldError: a size that the model can't draw.
+        """
+        pipe, size = self.pipeline, (request.height, request.width)
+        if request.image is not None:
+            digest = file_digest(request.image)
+            if request.image_sha256 not in (None, digest):
+                raise FieldError("image", f"{request.image} has changed since; give the one of that time")
+            request = replace(request, image_sha256=digest, strength=request.strength or STRENGTH)
+            if size == (None, None):
+                image, unit = read_image("image", request.image), pipe.size_multiple
+                size = tuple(max(unit, round(side / unit) * unit) for side in image.size[::-1])
+        native = OF_PATCH[pipe.patch_size].native_size
+        height, width = (side or other or native for side, other in zip(size, size[::-1], strict=True))
+        for name, side in (("height", height), ("width", width)):
+            check_size(name, side, pipe.size_multiple)
+        return replace(
+            request,
+            height=height,
+            width=width,
+            steps=request.steps or pipe.default_steps,
+            guidance=pipe.default_guidance_scale if request.guidance is None else request.guidance,
+            shift=request.shift or pipe.default_shift,
+            coarse_size=(pipe.config.coarse_size or 0) if request.coarse_size is None else request.coarse_size,
+            coarse_strength=request.coarse_strength or pipe.config.coarse_strength,
+        )
+
+    def draw(
+        self, request: Request, on_step: Callable[[Progress], None] | None = None, image: Image | None = None
+    ) -> Drawing:
+        """Draw one image.
+
+        Args:
+            on_step: called after each step; what it raises ends the drawing.
+            image: to start from, instead of the file ``request.image``.
+
+        Raises:
+            UserError: what doesn't fit the model, too little memory, or an image that isn't finite.
+        """
+        with self._lock:
+            request = self.fill(request)
+            if request.image is not None and image is None:
+                image = read_image("image", request.image)
+            self.choose_attention(request.height, request.width)
+            pipe, start, seconds = self.pipeline, time.perf_counter(), {}
+
+            def note(_, step: int, t: torch.Tensor, tensors: dict[str, Any]) -> None:
+                if pipe.execution_device.type == "cuda":
+                    torch.cuda.synchronize(pipe.execution_device)
+                seconds.setdefault(pipe.stage, []).append(time.perf_counter() - start)
+                if on_step is not None:
+                    on_step(Progress(step + 1, pipe.num_timesteps, pipe.stage, tensors["latents"]))
+
+            words = {"prompt": request.prompt, "negative_prompt": request.negative}
+            if self.texts is not None:
+                embeds = self.texts([request.prompt, request.negative])
+                words = {"prompt_embeds": embeds[:1], "negative_prompt_embeds": embeds[1:]}
+            try:
+                with attention.use(self.setup.attention):
+                    drawn = pipe(
+                        **words,
+                        height=request.height,
+                        width=request.width,
+                        num_inference_steps=request.steps,
+                        guidance_scale=request.guidance,
+                        shift=request.shift,
+                        generator=torch.Generator().manual_seed(request.seed),
+                        cfg_batch=_CFG_BATCH[request.cfg_batch],
+                        coarse_size=request.coarse_size,
+                        coarse_strength=request.coarse_strength,
+                        callback_on_step_end=note,
+                        callback_on_step_end_tensor_inputs=("latents",) if on_step is not None else (),
+                        **({} if image is None else {"image": image, "strength": request.strength or STRENGTH}),
+                    ).images[0]
+            except torch.OutOfMemoryError as error:
+                size = f"{request.width}x{request.height}"
+                raise FieldError(
+                    "device",
+                    f"{self.setup.device} has too little memory for {size}; try {{offload}} model or a smaller size",
+                ) from error
+        batched = {True: "on", False: "off", None: request.cfg_batch}[pipe.cfg_batched]
+        setup = replace(self.setup, head_memory_mb=pipe.transformer.head.memory_mb)
+        settings = setup.as_dict() | replace(request, cfg_batch=batched).as_dict()
+        settings |= {"version": __version__, "torch": torch.__version__}
+        return Drawing(drawn, settings, seconds)
+
+    def peak_memory(self) -> str:
+        """Peak memory so far, as words: of the CUDA allocator, else of the process."""
+        device = self.pipeline.execution_device
+        if device.type == "cuda":
+            return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB (CUDA allocator)"
+        try:
+            import resource
+        except ImportError:  # Windows
+            return "unknown on this system"
+        unit = 1 if sys.platform == "darwin" else 1024
+        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB (process)"
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _pick_device(setup: Setup) -> torch.device:
+    """The device asked for, or the first GPU, or the CPU.
+
+    Raises:
+        FieldError: a device that is absent.
+    """
+
+    def present(kind: str, index: int) -> bool:
+        if kind == "mps":
+            return torch.backends.mps.is_available()
+        module = getattr(torch, kind, None)
+        return kind == "cpu" or (module is not None and module.is_available() and index < module.device_count())
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if setup.device != "auto":
+        device = torch.device(setup.device)
+        if not present(device.type, device.index or 0):
+            raise FieldError("device", f"{setup.device}: torch {torch.__version__} sees none; try {{device}} cpu")
+    if setup.offload != "none" and device.type == "cpu":
+        raise FieldError("offload", f"{setup.offload} needs a GPU, and torch sees none; leave it out")
+    return device
+
+
+def _pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """The dtype to load in (None: as the checkpoint is) and why, as words."""
+    if name != "auto":
+        return getattr(torch, name), ""
+    if device.type == "cpu" and not ops.cpu_has_fast_bf16():
+        return torch.float32, " (this CPU has no fast bfloat16)"
+    return None, ""
