@@ -73,7 +73,7 @@ def recall(given: dict[str, Any], path: str, trust: bool) -> dict[str, Any]:
     stored = read_settings("--from-image", path)
     names = Setup.field_names() + Request.field_names()
     try:  # types and ranges
-        Setup.from_dict({k: v for k, v in stored.items() if k not in ("model", "text_encoder", "attention", "device")})
+        Setup.from_dict({k: v for k, v in stored.items() if k != "attention"})  # that may ask for a package
         Request.from_dict({"prompt": "", "seed": 0} | stored)
     except FieldError as error:
         raise UserError(f"--from-image: the settings in {path} are damaged ({error})") from error

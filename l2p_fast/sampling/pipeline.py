@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -471,6 +472,9 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             raise UserError(f"image: wanted 1, {batch // each} or {batch}, got {len(images)}")
         pixels = torch.cat([image_to_pixels(one, height, width) for one in images])
         return pixels.expand(batch, -1, -1, -1)
+
+
+diffusers.L2PPipeline = L2PPipeline  # where `DiffusionPipeline.from_pretrained` looks for a folder's class
 
 
 def _check_prompts(prompt, negative_prompt, prompt_embeds, negative_embeds) -> tuple[list[str], list[str]]:
