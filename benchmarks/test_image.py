@@ -12,6 +12,8 @@ import torch
 from l2p_fast.sampling import flow
 from l2p_fast.sampling.pipeline import L2PPipeline, make_scheduler
 from l2p_fast.sampling.pixels import draw_noise, pixels_to_images
+from l2p_fast.sampling.request import Request
+from l2p_fast.sampling.session import Session
 
 from . import counts
 from .baselines import (
@@ -84,12 +86,14 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
         noise = draw_noise((1, 3, side, side)) if noise is None else noise
         return pixels_to_images(euler(lambda x, t: plain(x, t, cap), noise, sigmas, device), kind)
 
+    session = Session(pipe, texts=lambda prompts: [cap for _ in prompts])
+    request = Request("", seed=0, height=side, width=side, steps=steps, guidance=1.0)
     draw = run_ours if variant == "ours" else run_plain
     return pixel_case(
         model,
         scale,
         device,
-        run=lambda: draw(None, side, "pil"),
+        run=(lambda: session.draw(request)) if variant == "ours" else lambda: run_plain(None, side, "pil"),
         call=lambda noise: draw(noise, noise.shape[-1], "latent"),
         run_plain=lambda noise, plain: run_plain(noise, noise.shape[-1], "latent", plain),
         steps=steps,
