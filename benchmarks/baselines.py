@@ -9,21 +9,25 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l2p_fast.errors import UserError
 from l2p_fast.models.detailer import DetailerHead
-from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.quantize import products as lowbit
 
 from . import counts
 from .measure import Case, NotHere, Scale, error
+
+if TYPE_CHECKING:  # not everywhere there: what needs them becomes a row that says so
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+
+    from l2p_fast.models.zimage import L2PTransformer2DModel
 
 LATENT_CHANNELS = 16
 VAE_FACTOR = 8
@@ -47,6 +51,8 @@ def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
 def pixel_model(scale: Scale, patch: int, device: str) -> L2PTransformer2DModel:
     """Ours, with random weights; in the head larger ones than usual, else neither picture nor tokens reach the result
     and a comparison would see little but biases."""
+    from l2p_fast.models.zimage import L2PTransformer2DModel
+
     with made_on(device, scale.torch_dtype):
         model = L2PTransformer2DModel(all_patch_size=(patch,), head_width=scale.head_width, **_sizes(scale))
     with torch.no_grad():
@@ -58,6 +64,8 @@ def pixel_model(scale: Scale, patch: int, device: str) -> L2PTransformer2DModel:
 
 def latent_model(scale: Scale, device: str) -> ZImageTransformer2DModel:
     """diffusers' Z-Image on latents, with random weights. Longer position tables than published, for 10240 px."""
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+
     with made_on(device, scale.torch_dtype):
         model = ZImageTransformer2DModel(axes_lens=(1024, 1024, 1024), **_sizes(scale))
     return model.eval()
@@ -186,6 +194,8 @@ def freeze(model: nn.Module, scale: Scale) -> list[nn.Parameter]:
 
 def autoencoder(scale: Scale, device: str, tiled: bool) -> AutoencoderKL:
     """FLUX's type of autoencoder, random weights."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
     with made_on(device, scale.torch_dtype):
         vae = AutoencoderKL(
             block_out_channels=scale.vae_channels,
@@ -224,6 +234,8 @@ class PlainL2P(nn.Module):
     """
 
     def __init__(self, model: L2PTransformer2DModel):
+        from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+
         super().__init__()
         config = {k: v for k, v in model.config.items() if k in ("dim", "n_layers", "n_refiner_layers", "n_heads")}
         config |= {k: model.config[k] for k in ("n_kv_heads", "cap_feat_dim", "axes_dims", "rope_theta", "t_scale")}

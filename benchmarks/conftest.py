@@ -1,14 +1,15 @@
 """The benchmarks' options, and the fixture that turns one measured row into one pytest-benchmark entry.
 
 ``pytest benchmarks/ --benchmark-json=benchmarks/results/cpu.json`` runs everything; ``python -m benchmarks.report``
-makes the table and the plots. Each row runs in a process of its own (`measure`), and pytest-benchmark is given the
-times measured there: its clock is `Clock`. Memory, counted work, shares of what the machine does and ratios to the
-baselines are in ``extra_info``. A row without times (out of memory, no compiler, over budget) is there as well and says
-why.
+makes the table and the plots. Each row runs in a process of its own (`measure`), round by round as pytest-benchmark
+asks; its clock (`Clock`) is the one of that process, which on a GPU reads events. Memory, counted work, shares of what
+the machine does and ratios to the baselines are in ``extra_info``. A row without times (out of memory, no compiler,
+over budget, a missing package) is there as well and says why. ``--rows FILE`` gets each row as a JSON line when it ends.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -22,8 +23,10 @@ from . import measure
 from .measure import FAILED, NOT_RUN, OK, SCALES, WRONG, Limits, Scale
 
 OURS = "ours"
-# What matters most comes first, in case the time runs out; compiling takes longest and comes last.
-ORDER = ("test_head", "test_step", "test_ops", "test_block", "test_attention", "test_image", "test_train")
+# What matters most comes first, in case the time runs out: the head with all that it is compared with, a 4K step, a
+# training step.
+FIRST = (("test_head", ""), ("test_step", "4K-ours"), ("test_step", "4K"), ("test_train", "4K"), ("test_train", ""))
+THEN = ("test_step", "test_ops", "test_block", "test_attention", "test_image")
 GIB = 2**30
 
 
@@ -36,11 +39,12 @@ def pytest_addoption(parser) -> None:
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile rows; auto: on a GPU")
     add("--row-seconds", type=float, default=90, help="limit of one row (default 90)")
     add("--total-seconds", type=float, default=600, help="rows not begun by then become rows that say so (default 600)")
+    add("--rows", help="file to which each row is added as a JSON line when it ends")
     add("--memory-gb", type=float, default=12, help="on the CPU: limit of a row's working memory (default 12)")
 
 
 class Clock:
-    """A timer for pytest-benchmark that shows the time spent in measured rounds."""
+    """Shows the seconds that measured processes have spent in rounds."""
 
     now = 0.0
 
@@ -75,7 +79,8 @@ class Session:
                 pytest.exit(f"the machine's peaks could not be measured: {self._machine['reason']}", returncode=3)
         return self._machine
 
-    def measure(self, build, variant: str, arguments: dict) -> dict:
+    def limits(self, variant: str) -> Limits | dict:
+        """Of a row that is to begin now, or the row that says why it can't."""
         if "compiled" in variant:
             if not self.compile:
                 return {"status": NOT_RUN, "reason": "torch.compile is off here; --compile on"}
@@ -87,9 +92,34 @@ class Session:
         limits = Limits(seconds=min(self.row_seconds, left), memory=self.memory)
         if self.scale.name == "quick":
             limits = Limits(limits.seconds, rounds_seconds=0.2, rounds=3, memory=self.memory)
+        return limits
+
+    def measure(self, build, variant: str, arguments: dict, benchmark) -> dict:
+        """The row of ``build(variant, scale, device, **arguments)``, its rounds driven by ``benchmark``."""
+        limits = self.limits(variant)
+        if isinstance(limits, dict):
+            benchmark.pedantic(lambda: None, rounds=1)  # pytest-benchmark keeps no entry without a time
+            return limits
         given = {"variant": variant, "scale": self.scale, **arguments}
-        work = (build, given, self.device, limits, self.machine)
-        return measure.apart(measure.measure, *work, seconds=limits.seconds, memory=self.memory)
+        began, seconds = time.monotonic(), []
+        with measure.Apart(
+            measure.measure, build, given, self.device, limits, self.machine, memory=limits.memory
+        ) as process:
+            result = process.ask(limits.seconds)
+
+            def one_round() -> None:
+                if result["status"] == OK:
+                    took = process.ask(max(1.0, began + limits.seconds - time.monotonic()))
+                    if isinstance(took, dict):  # it ran before, and does no more
+                        result.update(took)
+                    else:
+                        seconds.append(took)
+                        CLOCK.now += took
+
+            benchmark.pedantic(one_round, rounds=result.pop("rounds", 1))
+        if result["status"] == OK:
+            measure.add_times(result, seconds, self.machine)
+        return result
 
 
 SESSION = pytest.StashKey[Session]()
@@ -112,9 +142,12 @@ def pytest_report_header(config) -> str:
 
 def pytest_collection_modifyitems(items) -> None:
     def place(item) -> tuple[bool, bool, int]:
-        module = item.module.__name__.rpartition(".")[2]
+        module, compiled = item.module.__name__.rpartition(".")[2], "compiled" in item.name
+        for i, (name, part) in enumerate(FIRST):
+            if module == name and part in item.name and (module == "test_head" or not compiled):
+                return False, compiled, i
         slow = "block_lowbit" in item.name  # on a CPU
-        return "compiled" in item.name, slow, ORDER.index(module) if module in ORDER else len(ORDER)
+        return True, compiled or slow, THEN.index(module) if module in THEN else len(THEN)
 
     items.sort(key=place)
 
@@ -131,24 +164,14 @@ def row(request, benchmark):
     session = request.config.stash[SESSION]
 
     def record(build, level: str, name: str, resolution: int, variant: str, **arguments) -> dict:
-        result = session.measure(build, variant, arguments)
-        rounds = result.pop("rounds_s", [0.0])  # pytest-benchmark keeps no entry without a time
         benchmark.group = f"{level} {name}"
-        benchmark.extra_info.update(
-            level=level,
-            name=name,
-            resolution=resolution,
-            variant=variant,
-            device=session.device,
-            dtype=session.scale.dtype,
-            **result,
-        )
-        durations = iter(rounds)
-
-        def replay() -> None:
-            CLOCK.now += next(durations)
-
-        benchmark.pedantic(replay, rounds=len(rounds))
+        result = session.measure(build, variant, arguments, benchmark)
+        facts = {"level": level, "name": name, "resolution": resolution, "variant": variant}
+        facts |= {"device": session.device, "dtype": session.scale.dtype, **result}
+        benchmark.extra_info.update(facts)
+        if journal := request.config.getoption("rows"):
+            with open(journal, "a") as file:
+                file.write(json.dumps(facts) + "\n")
         if result["status"] in (FAILED, WRONG):
             pytest.fail(f"{result['status']}: {result['reason']}", pytrace=False)
         if result["status"] != OK:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# On a machine with one GPU: build the kernels, check them and the goldens, run every benchmark at the full 6B width with
-# random weights, and write benchmarks/results/<gpu>.json with its table and plots, all in under nine minutes.
+# On a machine with one GPU: build the kernels, check them, and measure everything at the full 6B width with random
+# weights, what matters most first: the first four minutes hold the checks, the head, a 4K step and a training step.
 #
-#   benchmarks/gpu.sh                           # needs PyTorch with CUDA, diffusers, pytest-benchmark, matplotlib, nvcc
+#   benchmarks/gpu.sh                           # needs PyTorch with CUDA, pytest-benchmark and nvcc
 #   L2P_BENCH_DEVICE=cpu benchmarks/gpu.sh      # the same steps without a GPU, at small sizes
 #
-# L2P_GOLDENS: folder of the reference tensors (see tests/goldens.py); without them their tests are skipped.
-# L2P_BENCH_RESULTS: folder to write to instead. L2P_BENCH_SECONDS: for everything, 530 unless told.
+# A package that is missing (diffusers, bitsandbytes, matplotlib) costs the rows that need it, and they say so.
+# L2P_WHEELS: folder of wheels to install for this run alone. OUT: folder for one JSON with everything, kept up to date.
+# L2P_BENCH_RESULTS: folder of the results (benchmarks/results). L2P_BENCH_SECONDS: for everything, 530 unless told.
 # Further arguments go to the benchmarks' pytest: -k head.
 # A failed step or row stops nothing; the last lines say what failed, and the exit code is 1 then.
 set -u
@@ -19,16 +20,48 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export L2P_BENCH_DEVICE="$device"
 failed=()
 
-# step NAME LIMIT COMMAND...: run it for at most LIMIT seconds, remember a failure, go on.
+results="${L2P_BENCH_RESULTS:-benchmarks/results}"
+mkdir -p "$results" || exit 2
+work="$(mktemp -d "$results/.unfinished.XXXXXX")" || exit 2
+touch "$work/steps.jsonl" "$work/rows.jsonl"
+
+# One JSON of all that is known so far, whatever ends this run.
+collect() {
+  [ -n "${OUT:-}" ] && "$python" - "$work" "$OUT" <<'PYTHON'
+import json, os, sys
+from pathlib import Path
+work, out = map(Path, sys.argv[1:])
+read = lambda name: [json.loads(line) for line in (work / name).read_text().splitlines()]
+found = {"steps": read("steps.jsonl"), "rows": read("rows.jsonl")}
+found |= {"pytest_benchmark": json.loads(path.read_text()) for path in work.glob("*.json") if path.stat().st_size}
+temporary = out / ".gpu.json.new"
+temporary.write_text(json.dumps(found, indent=1))
+os.replace(temporary, out / "gpu.json")
+PYTHON
+}
+trap 'collect; rm -rf "$work"' EXIT
+trap 'exit 143' TERM INT
+
+# step NAME LIMIT COMMAND...: run it for at most LIMIT seconds, note how it ended, go on.
 step() {
   local name="$1" limit="$2" begun=$SECONDS
   shift 2
   echo "== $name"
-  timeout --kill-after=20 "$limit" "$@"
-  local code=$?
+  timeout --kill-after=20 "$limit" "$@" 2>&1 | tee "$work/said"
+  local code=${PIPESTATUS[0]}
   echo "== $name: exit code $code after $((SECONDS - begun)) s"
   [ "$code" -eq 0 ] || failed+=("$name ($code)")
+  "$python" -c 'import json, sys
+name, code, seconds, said = sys.argv[1:]
+print(json.dumps({"step": name, "code": int(code), "seconds": int(seconds), "said": open(said, errors="replace").read()[-4000:]}))
+' "$name" "$code" "$((SECONDS - begun))" "$work/said" >>"$work/steps.jsonl"
+  collect
 }
+
+if [ -n "${L2P_WHEELS:-}" ]; then
+  step "wheels" 120 "$python" -m pip install -q --no-index --no-deps --target "$work/site" "$L2P_WHEELS"/*.whl
+  export PYTHONPATH="$PYTHONPATH:$work/site"
+fi
 
 if [ "$device" = cuda ]; then
   gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name())')" || { echo "PyTorch sees no GPU here"; exit 2; }
@@ -38,28 +71,32 @@ import torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + ("a" if major == 9 else ""))')}"
   export TORCH_CUDA_ARCH_LIST L2P_BUILD="${L2P_BUILD:-require}"
-  sizes=(--scale full)
+  sizes=(--scale full) kernels="CUDA kernels"
+  tests=(tests/test_*ops.py tests/test_detailer.py)
 else
   name=dry-run
   export L2P_BUILD="${L2P_BUILD:-cpu}"
-  sizes=(--scale quick)
+  sizes=(--scale quick) kernels="loaded"
+  tests=(tests/test_update_ops.py)
 fi
-results="${L2P_BENCH_RESULTS:-benchmarks/results}"
-mkdir -p "$results" || exit 2
-unfinished="$(mktemp -d "$results/.unfinished.XXXXXX")" || exit 2
-trap 'rm -rf "$unfinished"' EXIT
 
 step "build" 240 "$python" setup.py -q build_ext --inplace
-step "info" 60 "$python" -m l2p_fast.info
-step "kernels" 120 "$python" -m pytest -q -p no:cacheprovider tests/test_*ops.py tests/test_detailer.py
+step "status" 60 "$python" -c '
+import sys
+from l2p_fast import ops
+status = ops.extension_status()
+print(status)
+sys.exit(sys.argv[1] not in status)' "$kernels"
+step "kernels" 120 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
 step "goldens" 60 "$python" -m pytest -q -p no:cacheprovider tests/test_model.py tests/test_pipeline.py -k golden
 
 left=$((seconds - SECONDS - 15)) # the rest is for the report
-[ "$left" -ge 60 ] || left=60
-step "benchmarks" $((left + 30)) "$python" -m pytest benchmarks -q -p no:cacheprovider -rsf --benchmark-columns=median,rounds \
-  "${sizes[@]}" --row-seconds 60 --total-seconds "$left" --benchmark-json="$unfinished/$name.json" "$@"
-if [ -s "$unfinished/$name.json" ]; then
-  mv "$unfinished/$name.json" "$results/$name.json"
+[ "$left" -ge 30 ] || left=30
+step "benchmarks" $((left + 30)) "$python" -m pytest benchmarks -q -p no:cacheprovider -rsf --continue-on-collection-errors \
+  --benchmark-columns=median,rounds "${sizes[@]}" --row-seconds 60 --total-seconds "$left" \
+  --rows "$work/rows.jsonl" --benchmark-json="$work/$name.json" "$@"
+if [ -s "$work/$name.json" ]; then
+  cp "$work/$name.json" "$results/$name.json"
   step "report" 60 "$python" -m benchmarks.report "$results"/*.json --out "$results"
 else
   failed+=("no results were written")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import inspect
 import multiprocessing
 import os
 import platform
@@ -17,7 +18,7 @@ import resource
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,56 +125,81 @@ def finite(result: torch.Tensor, shape: tuple[int, ...]) -> float:
     return 0.0 if tuple(result.shape) == shape and bool(result.isfinite().all()) else float("inf")
 
 
-def apart(function: Callable[..., dict], *arguments, seconds: float, memory: int | None = None) -> dict:
-    """``function(*arguments)`` in a process of its own, ended after ``seconds``; what goes wrong becomes a row.
+class Apart:
+    """A generator that runs in a process of its own, value by value as it is asked. Use as a context.
 
-    ``memory``: the limit that the function was given, for the row's words.
+    Args:
+        function: called with ``arguments`` there; a generator, or a function that returns one value.
+        memory: the limit that the function was given, for the words of a row.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.baselines"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, function, arguments, memory))
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(seconds):
-            return {"status": OVER_BUDGET, "reason": f"not done within {seconds:.0f} s"}
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode == -9:  # the kernel's answer to too much memory
-            return {"status": OUT_OF_MEMORY, "reason": "the process was killed"}
-        return {"status": FAILED, "reason": f"the process ended with code {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
+
+    def __init__(self, function: Callable[..., Any], *arguments, memory: int | None = None):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.baselines"])
+        self.ours, theirs = context.Pipe()
+        self.process = context.Process(target=_child, args=(theirs, function, arguments, memory))
+        self.process.start()
+        theirs.close()
+
+    def ask(self, seconds: float) -> Any:
+        """The next value, or a row that says what went wrong: too slow (within ``seconds``), killed, broken."""
+        try:
+            self.ours.send(None)
+            if not self.ours.poll(seconds):
+                return {"status": OVER_BUDGET, "reason": f"not done within {seconds:.0f} s"}
+            return self.ours.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join()
+            if self.process.exitcode == -9:  # the kernel's answer to too much memory
+                return {"status": OUT_OF_MEMORY, "reason": "the process was killed"}
+            return {"status": FAILED, "reason": f"the process ended with code {self.process.exitcode}"}
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.join()
+        self.ours.close()
 
 
-def _child(sender, function, arguments, memory) -> None:
-    try:
-        row = function(*arguments)
-    except Exception as problem:
-        text = " ".join(str(problem).split())[:300] or type(problem).__name__
-        if _is_out_of_memory(problem):
-            limit = "" if memory is None else f"needs more than {memory / 2**30:.3g} GB of working memory"
-            row = {"status": OUT_OF_MEMORY, "reason": limit or text}
-        elif isinstance(problem, NotHere):
-            row = {"status": NOT_RUN, "reason": text}
-        else:
-            traceback.print_exc()
-            row = {"status": FAILED, "reason": text}
-    sender.send(row)
-    sender.close()
+def apart(function: Callable[..., Any], *arguments, seconds: float, memory: int | None = None) -> Any:
+    """The first value of ``function(*arguments)`` in a process of its own; what goes wrong becomes a row."""
+    with Apart(function, *arguments, memory=memory) as process:
+        return process.ask(seconds)
 
 
-def measure(build: Callable[..., Case], arguments: dict, device: str, limits: Limits, peaks: dict | None) -> dict:
-    """Build the case, run it once while watching the memory, validate it, time it.
+def _child(connection, function, arguments, memory) -> None:
+    values = None
+    while True:
+        connection.recv()
+        try:
+            if values is None:
+                values = function(*arguments)
+                values = values if inspect.isgenerator(values) else iter([values])
+            connection.send(next(values))
+        except Exception as problem:
+            text = " ".join(str(problem).split())[:300] or type(problem).__name__
+            if _is_out_of_memory(problem):
+                limit = "" if memory is None else f"needs more than {memory / 2**30:.3g} GB of working memory"
+                row = {"status": OUT_OF_MEMORY, "reason": limit or text}
+            elif isinstance(problem, (NotHere, ModuleNotFoundError)):
+                row = {"status": NOT_RUN, "reason": text}
+            else:
+                traceback.print_exc()
+                row = {"status": FAILED, "reason": text}
+            connection.send(row)
+            return
 
-    Returns:
-        status (`OK`, or why there are no times) and reason, seconds of every round, extra and total peak memory in MB,
-        flops and bytes, error and tolerance, the case's facts, and, with ``peaks`` (flops and bytes a second of this
-        machine), the shares of them.
+
+def measure(
+    build: Callable[..., Case], arguments: dict, device: str, limits: Limits, peaks: dict | None
+) -> Iterator[dict | float]:
+    """Build the case, run it once while watching the memory, validate it; then time a round each time it is asked.
+
+    Yields:
+        first a row: status (`OK`, or why there will be no times) and reason, extra and total peak memory in MB, flops
+        and bytes, error and tolerance, the case's facts, ``rounds`` worth asking for; then the seconds of each round.
     """
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is what errors are measured against
@@ -183,7 +209,8 @@ def measure(build: Callable[..., Case], arguments: dict, device: str, limits: Li
         least = max(case.work.flops / peaks["matmul_flops"], case.work.bytes / peaks["copy_bytes"])
         if least > limits.seconds:
             reason = f"at least {least:.0f} s by its operations, the limit is {limits.seconds:.0f} s"
-            return row | {"status": NOT_RUN, "reason": reason}
+            yield row | {"status": NOT_RUN, "reason": reason}
+            return
     with torch.set_grad_enabled(case.grad):
         if "compiled" in arguments.get("variant", ""):
             case.run()  # the compiler's own time and memory are not the row's
@@ -191,26 +218,31 @@ def measure(build: Callable[..., Case], arguments: dict, device: str, limits: Li
         # freed memory need not go back to the system.
         for _ in range(2 if device == "cuda" else 1):
             with limited_memory(limits.memory), watched_memory(device) as memory:
-                first = _seconds(case.run, device)
-            if first >= LONG:
+                once = _seconds(case.run, device)
+            if once >= LONG:
                 break
         row |= memory
         if case.check is not None:
             row |= {"error": case.check(), "tolerance": case.tolerance, "against": case.against}
             if not row["error"] <= case.tolerance:
                 reason = f"error {row['error']:.3g} against {case.against}, at most {case.tolerance:g} allowed"
-                return row | {"status": WRONG, "reason": reason}
-        rounds = [first]
-        if first < LONG:
+                yield row | {"status": WRONG, "reason": reason}
+                return
+        rounds = 1
+        if once < LONG:  # what takes long is not run again: the first call is its round
             once = _seconds(case.run, device)
-            rounds = [once]
-            for _ in range(min(limits.rounds, int(limits.rounds_seconds / once)) - 1):
-                rounds.append(_seconds(case.run, device))
-    row |= {"status": OK, "reason": "", "rounds_s": rounds, "median_s": statistics.median(rounds)}
-    if peaks:
-        row["share_of_matmul"] = case.work.flops / row["median_s"] / peaks["matmul_flops"]
-        row["share_of_copy"] = case.work.bytes / row["median_s"] / peaks["copy_bytes"]
-    return row
+            rounds = max(1, min(limits.rounds, int(limits.rounds_seconds / once)))
+        yield row | {"status": OK, "reason": "", "rounds": rounds}
+        yield once
+        while True:
+            yield _seconds(case.run, device)
+
+
+def add_times(row: dict, seconds: list[float], peaks: dict) -> None:
+    """Put the median of ``seconds`` into a row, and which share of the machine's measured peaks it means."""
+    row["median_s"] = statistics.median(seconds)
+    row["share_of_matmul"] = row["flops"] / row["median_s"] / peaks["matmul_flops"]
+    row["share_of_copy"] = row["bytes"] / row["median_s"] / peaks["copy_bytes"]
 
 
 def _seconds(run: Callable[[], Any], device: str) -> float:

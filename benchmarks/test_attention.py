@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from l2p_fast.models import attention
 
@@ -25,6 +24,8 @@ ROUNDING = {"sage", "sage_hub"}
 
 @torch.no_grad()
 def build(variant: str, scale: Scale, device: str, ragged: bool = False) -> Case:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
     heads, tokens = scale.heads(scale.dim), counts.padded(scale.grid**2)
     lengths = [tokens + scale.text_tokens] + [tokens + counts.SEQUENCE_MULTIPLE] * ragged
     shape = sum(lengths), heads, scale.dim // heads

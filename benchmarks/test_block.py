@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
-from l2p_fast.models.blocks import TransformerBlock, rope_tables
 from l2p_fast.quantize import products as lowbit
 
 from . import counts
@@ -22,6 +20,10 @@ pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 @torch.no_grad()
 def build(variant: str, scale: Scale, device: str) -> Case:
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+
+    from l2p_fast.models.blocks import TransformerBlock, rope_tables
+
     bits = next((name for name in lowbit.DTYPES if variant.endswith(name)), None)
     if bits:
         check_lowbit(bits, device)

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from l2p_fast.sampling import flow
-from l2p_fast.sampling.pipeline import L2PPipeline, make_scheduler
 from l2p_fast.sampling.pixels import draw_noise, pixels_to_images
 from l2p_fast.sampling.request import Request
-from l2p_fast.sampling.session import Session
 
 from . import counts
 from .baselines import (
@@ -70,6 +68,9 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
             against="shape and finite numbers of a small decode",
             facts=model_facts(scale, (edge // 2) ** 2) | {"vae_channels": scale.vae_channels, "steps": steps},
         )
+
+    from l2p_fast.sampling.pipeline import L2PPipeline, make_scheduler
+    from l2p_fast.sampling.session import Session
 
     model = pixel_model(scale, patch, device)
     plain = PlainL2P(model)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from l2p_fast import ops
-from l2p_fast.models import blocks as dit
 
 from . import baselines, counts
 from .conftest import CLOCK
@@ -62,7 +61,7 @@ def update(scale: Scale, make: Callable) -> Op:
 def norm_modulate(scale: Scale, make: Callable) -> Op:
     x, weight, factor = make(1, scale.grid**2, scale.wide), make(scale.wide), make(1, 1, scale.wide)
     return (
-        lambda: dit.norm_modulate(x, weight, factor, EPS),
+        lambda: ops.norm_modulate(x, weight, factor, EPS),
         lambda: baselines.rms_norm(x, weight, EPS) * (1 + factor),
         counts.moved(x.shape, x.shape),
         0.01,
@@ -73,7 +72,7 @@ def gate_norm_residual(scale: Scale, make: Callable) -> Op:
     shape = 1, scale.grid**2, scale.wide
     residual, x, weight, gate = make(*shape), make(*shape), make(scale.wide), make(1, 1, scale.wide)
     return (
-        lambda: dit.gate_norm_residual(residual, x, weight, gate, EPS),
+        lambda: ops.gate_norm_residual(residual, x, weight, gate, EPS),
         lambda: residual + gate.tanh() * baselines.rms_norm(x, weight, EPS),
         counts.moved(shape, shape, shape),
         0.01,
@@ -88,7 +87,7 @@ def qk_norm_rope(scale: Scale, make: Callable) -> Op:
     table = angles.cos(), angles.sin()
     turns = torch.complex(*table)[:, :, 0]
     return (
-        lambda: dit.qk_norm_rope(x, weight, table, EPS),
+        lambda: ops.qk_norm_rope(x, weight, table, EPS),
         lambda: baselines.rope(baselines.rms_norm(x, weight, EPS), turns),
         counts.moved(shape, shape) + counts.moved(angles.shape, angles.shape, size=4),
         0.01,
@@ -99,7 +98,7 @@ def silu_mul(scale: Scale, make: Callable) -> Op:
     shape = 1, scale.grid**2, int(scale.wide / 3 * 8)
     x, y = make(*shape), make(*shape)
     return (
-        lambda: dit.silu_mul(x, y),
+        lambda: ops.silu_mul(x, y),
         lambda: baselines.silu_mul(x, y),
         counts.moved(shape, shape, shape),
         0.01,

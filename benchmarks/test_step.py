@@ -7,12 +7,16 @@ same for both. fp8 and int8: ours with 8-bit weights, their error taken against 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
-from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.quantize import products as lowbit
 from l2p_fast.sampling import flow
+
+if TYPE_CHECKING:
+    from l2p_fast.models.zimage import L2PTransformer2DModel
 
 from .baselines import (
     LATENT_CHANNELS,

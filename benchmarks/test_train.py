@@ -8,19 +8,22 @@ blocks and optimizer states in 8 bits, updates inside the backward pass. ``pytes
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.quantize.frozen import quantize_frozen
 from l2p_fast.sampling import flow
 from l2p_fast.training import optim
-from l2p_fast.training.build import BLOCKS
 from l2p_fast.training.config import OptimConfig
 
 from . import counts
+
+if TYPE_CHECKING:
+    from l2p_fast.models.zimage import L2PTransformer2DModel
+
 from .baselines import (
     LATENT_CHANNELS,
     VAE_FACTOR,
@@ -70,8 +73,8 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
         work = body_work(scale, patch, side)
     parameters = freeze(trained, scale)
     if variant == FEW_BITS:
-        for name in BLOCKS:
-            quantize_frozen(getattr(model, name), 8, lambda _, parameter: parameter, f"{name}.")
+        for name, block in model.blocks():
+            quantize_frozen(block, 8, lambda _, parameter: parameter, f"{name}.")
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = optim.AdamW(named, OptimConfig(kind="adamw8bit", lr=RATE, fused=True))
         optimizer.fuse()
