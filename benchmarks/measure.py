@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.metadata
+import importlib.util
 import inspect
 import multiprocessing
 import os
@@ -321,8 +323,6 @@ def _is_out_of_memory(problem: Exception) -> bool:
 
 def machine(device: str, dtype: str) -> dict[str, Any]:
     """What this machine is and does: `peaks` for `measure`, names and versions."""
-    import diffusers
-
     from l2p_fast import __version__, ops
 
     side, bytes_ = (8192, 2**31) if device == "cuda" else (2048, 2**28)
@@ -343,7 +343,15 @@ def machine(device: str, dtype: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": _version("diffusers"),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "l2p_fast": __version__,
         "extension": ops.extension_status(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+    except importlib.metadata.PackageNotFoundError:
+        return None

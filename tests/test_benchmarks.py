@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,3 +243,24 @@ def test_report_refuses(tmp_path):
     with pytest.raises(UserError, match="once each"):
         report.main([str(result(tmp_path / "m.json")), "--readme", str(readme), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_gpu_script_on_a_bare_machine(tmp_path):
+    """The script for GPUs, without one and without diffusers: what is missing is a row that says so."""
+    blocked, out = tmp_path / "blocked" / "diffusers", tmp_path / "out"
+    blocked.mkdir(parents=True)
+    out.mkdir()
+    (blocked / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'diffusers'\", name='diffusers')")
+    root = Path(measure.__file__).parents[1]
+    settings = {"PYTHONPATH": str(blocked.parent), "L2P_BENCH_DEVICE": "cpu", "L2P_BENCH_SECONDS": "60"}
+    settings |= {"OUT": str(out), "L2P_BENCH_RESULTS": str(out / "results"), "PYTHON": sys.executable}
+    command = ["bash", str(root / "benchmarks" / "gpu.sh"), "-k", "head and 1K or lowbit and step"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=400)
+    found = json.loads((out / "gpu.json").read_text())
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert [step["step"] for step in found["steps"]][:4] == ["build", "status", "kernels", "goldens"]
+    status = {(row["level"], row["variant"]): (row["status"], row["reason"]) for row in found["rows"]}
+    assert status["head", "ours"] == ("ok", "") and status["step", "ours fp8"] == (
+        "not run", "No module named 'diffusers'",
+    )  # fmt: skip
