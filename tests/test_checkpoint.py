@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from l2p_fast.errors import UserError
 from l2p_fast.formats import values
 from l2p_fast.formats.checkpoint import Checkpoint, load_state
-from l2p_fast.formats.lora import load_lora
 from l2p_fast.formats.names import LAYOUTS
 from l2p_fast.formats.shapes import infer_config, model_shapes
 from l2p_fast.formats.write import save_single_file
@@ -237,79 +236,6 @@ def test_nan_is_never_saved(tmp_path):
     with pytest.raises(UserError, match="x_pad_token holds NaN"):
         save_single_file(model, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-# --- LoRA ---
-def lora_file(path, style):
-    """The same LoRA in several layouts. Returns {our module: delta}."""
-    torch.manual_seed(3)
-    rank, deltas, file = 4, {}, {}
-    block, alpha = "layers.1.attention", 2.0
-    a = torch.randn(rank, 64)
-    bs = [torch.randn(64, rank) for _ in "qkv"]
-    w1a, w1b = torch.randn(rank, 64), torch.randn(170, rank)
-    factor = 1.0 if style == "diffusers" else alpha / rank
-    for x, b in zip("qkv", bs, strict=True):
-        deltas[f"{block}.to_{x}"] = factor * b @ a
-    deltas["layers.1.feed_forward.w1"] = factor * w1b @ w1a
-    if style == "diffusers":
-        for x, b in zip("qkv", bs, strict=True):
-            file |= {
-                f"transformer.{block}.to_{x}.lora_A.weight": a.clone(),
-                f"transformer.{block}.to_{x}.lora_B.weight": b,
-            }
-        file |= {"transformer.layers.1.feed_forward.w1.lora_A.weight": w1a}
-        file |= {"transformer.layers.1.feed_forward.w1.lora_B.weight": w1b}
-    elif style == "comfyui":
-        for module, (x, y) in {"attention.qkv": (a, torch.cat(bs)), "feed_forward.w1": (w1a, w1b)}.items():
-            stem = f"diffusion_model.layers.1.{module}"
-            file |= {f"{stem}.lora_down.weight": x, f"{stem}.lora_up.weight": y, f"{stem}.alpha": torch.tensor(alpha)}
-    else:
-        for module, (x, y) in {"attention_qkv": (a, torch.cat(bs)), "feed_forward_w1": (w1a, w1b)}.items():
-            stem = f"lora_unet_layers_1_{module}"
-            file |= {f"{stem}.lora_down.weight": x, f"{stem}.lora_up.weight": y, f"{stem}.alpha": torch.tensor(alpha)}
-        file |= {"lora_unet_final_layer_linear.lora_down.weight": torch.zeros(4, 64)}
-        file |= {"lora_unet_final_layer_linear.lora_up.weight": torch.zeros(64, 4)}
-    save_file(file, path)
-    return deltas
-
-
-@pytest.mark.parametrize("style", ["diffusers", "comfyui", "kohya"])
-def test_lora_merges(tmp_path, style):
-    deltas = lora_file(tmp_path / "l.safetensors", style)
-    model = tiny()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert load_lora(model, tmp_path / "l.safetensors", scale=0.5) == 4
-    for key, value in model.state_dict().items():
-        change = deltas.get(key.removesuffix(".weight"))
-        wanted = before[key] if change is None else before[key] + 0.5 * change
-        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_lora_as_adapter_equals_merged(tmp_path):
-    lora_file(tmp_path / "l.safetensors", "comfyui")
-    merged, adapted = tiny(), tiny()
-    args = torch.randn(1, 3, 32, 32), torch.tensor([0.3]), [torch.randn(5, 48)]
-    with torch.no_grad():
-        plain = adapted(*args)
-        load_lora(merged, tmp_path / "l.safetensors", 0.01)
-        load_lora(adapted, tmp_path / "l.safetensors", 0.01, adapter="style")
-        torch.testing.assert_close(adapted(*args), merged(*args), rtol=1e-4, atol=1e-5)
-        adapted.disable_adapters()
-        assert torch.equal(adapted(*args), plain)
-
-
-def test_lora_of_another_model_is_refused(tmp_path):
-    save_file({"layers.77.attention.to_q.lora_A.weight": torch.zeros(4, 64)}, tmp_path / "half.safetensors")
-    with pytest.raises(UserError, match="lacks one half"):
-        load_lora(tiny(), tmp_path / "half.safetensors")
-    pair = {f"layers.77.attention.to_q.lora_{x}.weight": torch.zeros(s) for x, s in (("A", (4, 64)), ("B", (64, 4)))}
-    save_file(pair, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="not in this model"):
-        load_lora(tiny(), tmp_path / "other.safetensors")
-    save_file({"layers.0.attention.to_q.hada_w1_a": torch.zeros(4, 4)}, tmp_path / "loha.safetensors")
-    with pytest.raises(UserError, match="hada_w1_a"):
-        load_lora(tiny(), tmp_path / "loha.safetensors")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -6,7 +6,6 @@ Opening loads no torch. Pickles are refused, nothing is downloaded.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,16 +149,10 @@ class Checkpoint:
     # --- Its values --------------------------------------------------------------------------------------------------
     @property
     def default_dtype(self) -> torch.dtype:
-        """One dtype for the model: the smallest float of 16 bits or more in the file; bfloat16 if it is quantized.
+        """See `values.default_dtype`."""
+        from .values import default_dtype
 
-        So the published 1K file, whose middle layers are bfloat16 values stored as F32 beside BF16, loads as bfloat16.
-        """
-        import torch
-
-        kinds = {where.dtype for where in self.tensors.values()}
-        if any(where.quantized for where in self.tensors.values()) or "BF16" in kinds:
-            return torch.bfloat16
-        return torch.float16 if "F16" in kinds else torch.float32
+        return default_dtype(self.tensors.values())
 
     def dtype_of(self, key: str) -> torch.dtype:
         """The dtype of `tensor` when none is given: the stored one, bfloat16 for a quantized weight."""
@@ -181,22 +174,10 @@ class Checkpoint:
         return read_chunks(self.tensors[key], dtype)
 
     def fill(self, model: torch.nn.Module, dtype: torch.dtype | None, device: str | torch.device) -> None:
-        """Give ``model`` (made on the meta device, of the shapes of `l2p_config`) its values, straight onto ``device``.
+        """Give ``model`` (made on the meta device, of the shapes of `l2p_config`) its values; see `values.fill`."""
+        from .values import fill
 
-        A module that keeps its weight in a form of its own has ``load_weight(chunks, device)``, which is given the rows
-        in fp32. ``dtype`` is that of all others (None: `default_dtype`).
-        """
-        import torch
-        from tqdm import tqdm
-
-        dtype = dtype or self.default_dtype
-        for key in tqdm(self.tensors, desc="load", unit="tensor", leave=False, disable=not sys.stderr.isatty()):
-            owner, _, leaf = key.rpartition(".")
-            module = model.get_submodule(owner)
-            if leaf == "weight" and hasattr(module, "load_weight"):
-                module.load_weight(self.chunks(key, torch.float32), device)
-            else:
-                setattr(module, leaf, torch.nn.Parameter(self.tensor(key, dtype, device)))
+        fill(model, self.tensors, dtype, device)
 
 
 def misshapen(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> list[str]:

@@ -90,8 +90,8 @@ def parse_json(text: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def load_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The object in a JSON file of at most ``limit`` bytes.
 
     Raises:
         UserError: unreadable, too large, or no JSON object.
@@ -100,11 +100,11 @@ def load_json(path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{path} is not a file; download it again")
         with open(path, "rb") as file:
-            text = file.read(JSON_LIMIT + 1)
+            text = file.read(limit + 1)
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror or error}") from error
-    if len(text) > JSON_LIMIT:
-        raise UserError(f"{path} is over {JSON_LIMIT >> 20} MB, too large for what it should hold; download it again")
+    if len(text) > limit:
+        raise UserError(f"{path} is over {limit >> 20} MB, too large for what it should hold; download it again")
     try:
         found = parse_json(text)
     except ValueError as error:

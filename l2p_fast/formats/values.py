@@ -7,10 +7,12 @@ the wanted dtype and little more.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import UserError
 from .header import Stored
@@ -72,6 +74,39 @@ def read_tensor(stored: Stored, dtype: torch.dtype, device: str | torch.device =
     for _ in read_chunks(stored, dtype, into=out):
         pass
     return out
+
+
+def default_dtype(tensors: Iterable[Stored]) -> torch.dtype:
+    """One dtype for a model: the smallest float of 16 bits or more in its file; bfloat16 if it is quantized.
+
+    So the published 1K file, whose middle layers are bfloat16 values stored as F32 beside BF16, loads as bfloat16.
+    """
+    kinds = {"BF16" if where.quantized else where.dtype for where in tensors}
+    return torch.bfloat16 if "BF16" in kinds else torch.float16 if "F16" in kinds else torch.float32
+
+
+def fill(
+    model: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype | None, device: str | torch.device
+) -> None:
+    """Give ``model``, made on the meta device, the values of ``tensors`` (by its own keys), straight onto ``device``.
+
+    Names and shapes must have been checked. A module that keeps its weight in a form of its own has
+    ``load_weight(chunks, device)``, which is given the rows in fp32; ``dtype`` is that of all other parameters (None:
+    `default_dtype`).
+
+    Raises:
+        UserError: see `read_chunks`.
+    """
+    from tqdm import tqdm
+
+    dtype = dtype or default_dtype(tensors.values())
+    for key, where in tqdm(tensors.items(), desc="load", unit="tensor", leave=False, disable=not sys.stderr.isatty()):
+        owner, _, leaf = key.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf == "weight" and hasattr(module, "load_weight"):
+            module.load_weight(read_chunks(where, torch.float32), device)
+        else:
+            setattr(module, leaf, nn.Parameter(read_tensor(where, dtype, device)))
 
 
 def hadamard(size: int) -> torch.Tensor:
