@@ -1,6 +1,6 @@
 """A pipeline folder's model_index.json and scheduler, as plain checked values. Loads no torch and no diffusers.
 
-What classes a folder names is compared with ours and never imported.
+The classes that a folder names are never imported: the tensors tell what a model is, and of the scheduler there is one.
 """
 
 from __future__ import annotations
@@ -9,32 +9,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
+from ..variants import SHIFT
 from .header import load_json
 
-_CLASSES = {
-    "transformer": ("L2PTransformer2DModel",),
-    "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
-    "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
-    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
-}
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _DEFAULTS = {
     "default_steps": (int, 1, 10_000),
     "default_guidance_scale": (float, 0, 1000),
     "coarse_size": (int, 0, 4096),
     "coarse_strength": (float, 0, 1),
 }
-_SCHEDULER = {
-    "num_train_timesteps": (int, 1, 1_000_000),
-    "shift": (float, 1e-3, 1000),
-    "stochastic_sampling": (bool, 0, 1),
-}
 
 
 class PipelineFolder(NamedTuple):
-    """The pipeline's own settings, and those of its scheduler."""
+    """The pipeline's own settings, and its noise schedule's shift."""
 
     defaults: dict[str, Any]
-    scheduler: dict[str, Any]
+    shift: float
 
 
 def read_pipeline(folder: str | Path) -> PipelineFolder:
@@ -43,18 +34,19 @@ def read_pipeline(folder: str | Path) -> PipelineFolder:
     Raises:
         UserError: damaged, a component of another class, or a value out of range.
     """
-    folder = Path(folder)
-    index, path = load_json(folder / "model_index.json"), folder / "model_index.json"
-    for name, known in _CLASSES.items():
-        named = index.get(name)
-        kind = named[-1] if isinstance(named, list) and named else None
-        if kind not in known and not (kind is None and name in ("text_encoder", "tokenizer")):
-            raise UserError(f"{path}: its {name} is {named!r:.80}; wanted a {known[0]}")
-    scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = load_json(scheduler_path)
-    if scheduler.get("use_dynamic_shifting"):
-        raise UserError(f"{scheduler_path}: use_dynamic_shifting is of latent models; wanted a fixed shift")
-    return PipelineFolder(_checked(index, _DEFAULTS, path), _checked(scheduler, _SCHEDULER, scheduler_path))
+    path = Path(folder) / "model_index.json"
+    index = load_json(path)
+    named = index.get("scheduler")
+    if named is not None and not (isinstance(named, list) and named and named[-1] == SCHEDULER):
+        raise UserError(f"{path}: its scheduler is {named!r:.80}; L2P is sampled with {SCHEDULER}")
+    defaults = _checked(index, _DEFAULTS, path)
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    scheduler = load_json(path) if path.exists() else {}
+    for name in ("use_dynamic_shifting", "stochastic_sampling", "invert_sigmas"):
+        if scheduler.get(name):
+            raise UserError(f"{path}: {name} is set, which L2P's schedule has not; use {name}=false")
+    shift = _checked(scheduler, {"shift": (float, 1e-3, 1000)}, path).get("shift", SHIFT)
+    return PipelineFolder(defaults, shift)
 
 
 def _checked(found: dict[str, Any], known: dict[str, tuple[type, float, float]], path: Path) -> dict[str, Any]:

@@ -133,7 +133,11 @@ def _read(file: Any, stored: Stored, out: torch.Tensor | None = None) -> torch.T
 def _dequantized(file: Any, stored: Stored) -> torch.Tensor:
     values = _read(file, stored)
     if stored.scale is not None:
-        scale = _read(file, stored.scale).float()
+        if stored.scale.file == stored.file:
+            scale = _read(file, stored.scale).float()
+        else:  # another shard
+            with open(stored.scale.file, "rb", buffering=0) as other:
+                scale = _read(other, stored.scale).float()
         values = values.float() * (scale.view(-1, *[1] * (values.dim() - 1)) if scale.numel() > 1 else scale.view(()))
     if stored.rotation:
         groups = values.float().unflatten(-1, (-1, stored.rotation))

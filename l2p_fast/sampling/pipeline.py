@@ -15,7 +15,6 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -32,7 +31,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..errors import FieldError, UserError
-from ..formats.header import load_json
+from ..formats.pipeline import PipelineFolder, read_pipeline
 from ..loading import load_model, load_text_encoder
 from ..models.text import MAX_TOKENS, encode_prompts
 from ..models.zimage import L2PTransformer2DModel
@@ -517,32 +516,12 @@ def load_pipeline(
         UserError: a file that can't be used, or no text encoder.
     """
     model = os.fspath(model)
-    index = os.path.join(model, "model_index.json")
-    is_pipeline = os.path.isfile(index)
+    is_pipeline = os.path.isfile(os.path.join(model, "model_index.json"))
     if not is_pipeline and text_encoder is None:
         raise UserError(f"{model} holds no text encoder; name one as well, for example Tongyi-MAI/Z-Image-Turbo")
-    defaults, scheduler = {}, make_scheduler()
-    if is_pipeline:
-        known = inspect.signature(L2PPipeline).parameters
-        stored = load_json(Path(index))
-        defaults = {name: stored[name] for name in known if name.startswith(("default_", "coarse_")) and name in stored}
-        scheduler = _read_scheduler(os.path.join(model, "scheduler", "scheduler_config.json"))
-        for name, value in defaults.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise UserError(f"{index}: {name} is {value!r}, not a number; get the folder again")
+    stored = read_pipeline(model) if is_pipeline else PipelineFolder({}, SHIFT)
     transformer = load_model(
         os.path.join(model, "transformer") if is_pipeline else model, torch_dtype, device, quantize=quantize
     )
     encoder, tokenizer = load_text_encoder(model if text_encoder is None else text_encoder, transformer.dtype, device)
-    return L2PPipeline(transformer, encoder, tokenizer, scheduler, **defaults)
-
-
-def _read_scheduler(path: str) -> FlowMatchEulerDiscreteScheduler:
-    """The Euler scheduler with the shift that a folder's configuration names; published folders hold no other kind."""
-    if not os.path.isfile(path):
-        return make_scheduler()
-    shift = load_json(Path(path)).get("shift", SHIFT)
-    if isinstance(shift, bool) or not isinstance(shift, (int, float)):
-        raise UserError(f"{path}: shift is {shift!r}, not a number; get the folder again")
-    check_number("shift", shift, f"{path}: shift")
-    return make_scheduler(shift)
+    return L2PPipeline(transformer, encoder, tokenizer, make_scheduler(stored.shift), **stored.defaults)
