@@ -189,6 +189,83 @@ def quantized(note=None, scale=None, dtype=torch.int8, **extra):
     return make
 
 
+def renamed_keys(change):
+    """A good checkpoint with its header's text changed by ``change``; lengths of names stay."""
+
+    def make(folder):
+        path = save(folder, good())
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        text = change(data[8 : 8 + length])
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        return path
+
+    return make
+
+
+def bombed(header):
+    """A sparse file whose header claims much; nothing of it is on the disk."""
+
+    def make(folder):
+        path = folder / "m.safetensors"
+        with open(path, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(1 << 33)
+        return path
+
+    return make
+
+
+def of_config(**config):
+    """A folder whose config.json says ``config``."""
+
+    def make(folder):
+        save(folder, good())
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+def of_metadata(text):
+    def make(folder):
+        save_file(good(), folder / "m.safetensors", {"l2p_config": text})
+        return folder / "m.safetensors"
+
+    return make
+
+
+def index_to(name):
+    def make(folder):
+        _, index = sharded(folder)
+        names = json.loads(index.read_text())
+        names["weight_map"]["x_pad_token"] = name
+        index.write_text(json.dumps(names))
+        return folder
+
+    return make
+
+
+def many_blocks(folder):
+    state = {f"layers.{i}.attention.norm_q.weight": torch.zeros(32) for i in range(3, 1500)}
+    return save(folder, good() | state)
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4), name="a"):
+    return {name: {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
+
+
+def fifo_in_a_folder(folder):
+    os.mkfifo(folder / "m.safetensors")
+    return folder
+
+
+def config_fifo(folder):
+    save(folder, good())
+    os.mkfifo(folder / "config.json")
+    return folder
+
+
 def unreadable(folder):
     path = save(folder, good())
     path.chmod(0)
@@ -263,6 +340,82 @@ CASES = {
     "quantization with an unknown option": (quantized('{"format": "int8_tensorwise", "blocks": 64}', ONE), "blocks"),
     "quantization that is another": (quantized('{"format": "float8_e4m3fn"}', ONE), "note says float8_e4m3fn"),
     "quantization note no json": (quantized("int8", ONE), "not JSON"),
+    "quantization note of 1 MB": (quantized("x" * (1 << 20), ONE), "which is no note"),
+    "quantization note nested deeply": (quantized("[" * 60_000, ONE), "nested too deeply"),
+    "rotation of no group": (quantized('{"convrot": true, "convrot_groupsize": 0}', ONE), "has quantization"),
+    "rotation of a negative group": (quantized('{"convrot": true, "convrot_groupsize": -4}', ONE), "has quantization"),
+    "rotation of text": (quantized('{"convrot": true, "convrot_groupsize": "16"}', ONE), "has quantization"),
+    "rotation of infinity": (quantized('{"convrot": true, "convrot_groupsize": 1e999}', ONE), "has quantization"),
+    "a layer far away": (changed(**{"layers__99999999__surprise": torch.zeros(2)}), "training output"),
+    "a refiner far away": (
+        changed(**{"noise_refiner__99999999__surprise": torch.zeros(2)}), "noise_refiner.99999999 is there",
+    ),
+    "a layer of 200 digits": (changed(**{f"layers__{'9' * 200}__x": torch.zeros(2)}), "training output"),
+    "too many layers": (many_blocks, "more than any model's"),
+    "patch of 999 digits": (changed(**{f"all_x_embedder__{'9' * 99}-1__weight": torch.zeros(2, 2)}), "unexpected"),
+    "an unknown patch": (
+        renamed_keys(lambda text: text.replace(b"all_x_embedder.16-1", b"all_x_embedder.17-1")), "patches of 17",
+    ),
+    "patch 0": (renamed_keys(lambda text: text.replace(b"embedder.16-1", b"embedder.00-1")), "missing"),
+    "NUL in a name": (
+        renamed_keys(lambda text: text.replace(b"x_pad_token", b"x_pad\\u0000ok")), "not a tensor's name",
+    ),
+    "half a letter in a name": (
+        renamed_keys(lambda text: text.replace(b"x_pad_token", b"x_pad\\ud800ok")), "not a tensor's name",
+    ),
+    "a name of 10,000 letters": (with_header(entry(name="a" * 10_000), bytes(4)), "not a tensor's name"),
+    "header no UTF-8": (renamed_keys(lambda text: text.replace(b"x_pad", b"x_\xff\xfed")), "damaged header"),
+    "header nested deeply": (with_header(b'{"a":' + b"[" * 100_000), "nested too deeply"),
+    "header a list": (with_header(b"{}".replace(b"{}", b'{"__metadata__": []}')), "__metadata__"),
+    "header of 1 GB": (bombed(b"{" + b" " * 100), "damaged header"),
+    "header longer than any": (raw((1 << 29).to_bytes(8, "little") + b"{" + bytes(100)), "ends inside its header"),
+    "metadata of numbers": (with_header({"__metadata__": {"a": 1}} | entry(), bytes(4)), "__metadata__"),
+    "shape too large": (with_header(entry(shape=[1 << 62, 1 << 62]), bytes(4)), "can't lie at"),
+    "shape of nothing, large": (with_header(entry(shape=[0, 1 << 62], offsets=(0, 0))), "not a whole L2P"),
+    "shape negative": (with_header(entry(shape=[-1]), bytes(4)), "damaged header"),
+    "shape of fractions": (with_header(entry(shape=[1.5]), bytes(4)), "damaged header"),
+    "shape of truth": (with_header(entry(shape=[True]), bytes(4)), "damaged header"),
+    "shape infinite": (
+        with_header(b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}', bytes(4)), "damaged header",
+    ),
+    "shape of 5000 digits": (
+        with_header(b'{"a":{"dtype":"F32","shape":[%b],"data_offsets":[0,4]}}' % (b"9" * 5000), bytes(4)), "damaged",
+    ),
+    "shape of 100 dimensions": (with_header(entry(shape=[1] * 100), bytes(4)), "100 dimensions"),
+    "offsets overlap": (
+        with_header(entry() | entry(name="b"), bytes(4)), "can't lie at",
+    ),
+    "offsets beyond the file": (with_header(entry(shape=[1 << 40], offsets=(0, 1 << 42)), bytes(4)), "truncated"),
+    "dtype no text": (with_header(entry(dtype=["F32"]), bytes(4)), "damaged header"),
+    "config nested deeply": (
+        lambda folder: save(folder, good()) and (folder / "config.json").write_text("[" * 100_000) and folder,
+        "nested too deeply",
+    ),
+    "config too long": (
+        lambda folder: save(folder, good()) and (folder / "config.json").write_text(" " * (17 << 20)) and folder,
+        "over 16 MB",
+    ),
+    "config no object": (
+        lambda folder: save(folder, good()) and (folder / "config.json").write_text("[]") and folder,
+        "not a JSON object",
+    ),
+    "config a fifo": (config_fifo, "is not a file"),
+    "config: rope_grid out of range": (of_config(rope_grid=10**30), "rope_grid must be"),
+    "config: rope_grid of truth": (of_config(rope_grid=True), "rope_grid must be"),
+    "config: t_scale of text": (of_config(t_scale="1000"), "t_scale must be"),
+    "config: rope_theta negative": (of_config(rope_theta=-256.0), "rope_theta must be"),
+    "config: norm_eps too large": (of_config(norm_eps=1e300), "norm_eps must be"),
+    "config: axes_lens too long": (of_config(axes_lens=[1] * 1000), "axes_lens must be"),
+    "config: axes_dims of lists": (of_config(axes_dims=[[1], [2], [3]]), "axes_dims must be"),
+    "metadata: config damaged": (of_metadata("{"), "metadata is damaged"),
+    "metadata: config a list": (of_metadata("[]"), "metadata is damaged"),
+    "metadata: config nested deeply": (of_metadata("[" * 100_000), "metadata is damaged"),
+    "metadata: rope_grid out of range": (of_metadata('{"rope_grid": -1}'), "rope_grid must be"),
+    "index leads out of the folder": (index_to("../../etc/passwd.safetensors"), "not a .safetensors file beside it"),
+    "index leads to the root": (index_to("/etc/m.safetensors"), "not a .safetensors file beside it"),
+    "index names a pickle": (index_to("pytorch_model.bin"), "not a .safetensors file beside it"),
+    "index with NUL": (index_to("a\0.safetensors"), "not a .safetensors file beside it"),
+    "a fifo in a folder": (fifo_in_a_folder, "no .safetensors file"),
     "unreadable": (unreadable, "can't read"),
     "unreadable folder": (unreadable_folder, "can't read"),
     "a fifo": (fifo, "neither a file nor a folder"),

@@ -149,6 +149,40 @@ def test_float8_without_a_scale_and_one_row(tmp_path):
     assert torch.equal(Checkpoint(tmp_path / "m.safetensors").tensor(key, torch.float32), state[key].float())
 
 
+# As ComfyUI-INT8-Fast and convert_to_quant write them, and older files.
+NOTES = {
+    "per_row": {"format": "int8_tensorwise", "per_row": True},
+    "scale_dtype": {"format": "int8_tensorwise", "per_row": True, "scale_dtype": "torch.float32", "orig_dtype": "bf16"},
+    "no format": {"per_row": True},
+    "no format, rotated": {"convrot": True, "convrot_groupsize": 16, "per_row": True},
+    "empty": {},
+}
+
+
+@pytest.mark.parametrize("case", NOTES)
+@pytest.mark.parametrize("place", ["tensor", "metadata"])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_int8_files_of_other_tools(tmp_path, case, place, scale_dtype):
+    state, key = state_of(tiny(), torch.float32), "layers.0.feed_forward.w1.weight"
+    note = NOTES[case]
+    weight = state[key]
+    if note.get("convrot"):
+        weight = (weight.unflatten(1, (-1, 16)) @ values.hadamard(16)).flatten(1)
+    scale = (weight.abs().amax(1, keepdim=True) / 127).to(scale_dtype)
+    base = "model.diffusion_model." + key.removesuffix("weight")
+    file = {f"model.diffusion_model.{name}": value for name, value in state.items()}
+    file[base + "weight"] = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
+    file[base + "weight_scale"] = scale
+    metadata = None
+    if place == "tensor":
+        file[base + "comfy_quant"] = torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
+    else:
+        metadata = {"_quantization_metadata": json.dumps({"layers": {base.removesuffix("."): note}})}
+    save_file(file, tmp_path / "m.safetensors", metadata)
+    got = load_model(tmp_path / "m.safetensors", torch.float32).state_dict()[key]
+    assert (got - state[key]).norm() / state[key].norm() < 0.01
+
+
 def test_rotated_int8_is_rotated_back(tmp_path):
     state = state_of(tiny(), torch.float32)
     key, size = "layers.0.attention.to_q.weight", 16

@@ -37,9 +37,7 @@ def _shards(index: Path, config: dict[str, Any]) -> _Files:
     chosen = sorted(set(names.values()))
     strange = [name for name in chosen if not re.fullmatch(r"[^/\\\x00-\x1f]{1,200}\.safetensors", name)]
     if strange:
-        raise UserError(
-            f"{index} names {strange[0][:80]!r}, which is no .safetensors file beside it; download it again"
-        )
+        raise UserError(f"{index} names {strange[0][:80]!r}, not a .safetensors file beside it; download it again")
     files = [index.parent / name for name in chosen]
     absent = [file.name for file in files if not file.is_file()]
     if absent:

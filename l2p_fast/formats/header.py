@@ -189,7 +189,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
         header = parse_json(text)
         if not isinstance(header, dict):
             raise ValueError("it is not a JSON object")
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its __metadata__ does not map names to text")
         spans = {name: _entry(name, entry) for name, entry in header.items()}

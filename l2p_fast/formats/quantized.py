@@ -93,10 +93,11 @@ def _rotation(note: Any, where: Stored, path: Path) -> int:
         raise UserError(f"{path}: {where.name} has quantization format {form!r:.40}; {known}")
     if where.dtype != FORMATS[form]:
         raise UserError(f"{path}: {where.name} is {where.dtype} but its note says {form}; {AGAIN}")
-    size = note.get(GROUP, 256) if note.get(ROTATION) else 0
+    rotated = bool(note.get(ROTATION))
+    size = note.get(GROUP, 256) if rotated else 0
     strange = [key for key, value in note.items() if value and key not in HARMLESS | {ROTATION, GROUP}]
     columns = where.shape[-1] if len(where.shape) == 2 else 0
-    if strange or (size and (type(size) is not int or size not in GROUPS or not columns or columns % size)):
+    if strange or (rotated and (type(size) is not int or size not in GROUPS or not columns or columns % size)):
         raise UserError(f"{path}: {where.name} has quantization {json.dumps(note):.200}; {known}")
     return size
 
