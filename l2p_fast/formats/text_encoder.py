@@ -70,7 +70,9 @@ def open_encoder(folder: Path) -> EncoderFiles:
 
 def _part(folder: Path, name: str) -> Path:
     if not (folder / name).is_dir():
-        raise UserError(f"{folder} has no folder {name}; give the folder that holds text_encoder/ and tokenizer/")
+        raise UserError(
+            f"{folder} has no folder {name}; for a Qwen3 text encoder give the folder with text_encoder/ and tokenizer/"
+        )
     return folder / name
 
 
