@@ -99,7 +99,7 @@ step "benchmarks" $((left + 30)) "$python" -m pytest benchmarks -q -p no:cachepr
   --rows "$work/rows.jsonl" --benchmark-json="$work/$name.json" "$@"
 if [ -s "$work/$name.json" ]; then
   cp "$work/$name.json" "$results/$name.json"
-  step "report" 60 "$python" -m benchmarks.report "$results"/*.json --out "$results"
+  step "report" 60 "$python" -m benchmarks.report "$results"/*.json --page "$results/table.md"
 else
   failed+=("no results were written")
 fi

@@ -321,6 +321,14 @@ def _is_out_of_memory(problem: Exception) -> bool:
     return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or any(word in str(problem) for word in words)
 
 
+def instructions() -> str:
+    """The CPU's vector instructions, on which times in bfloat16 depend most."""
+    from l2p_fast import ops
+
+    fast = "with" if ops.cpu_has_fast_bf16() else "without"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {fast} bfloat16"
+
+
 def machine(device: str, dtype: str) -> dict[str, Any]:
     """What this machine is and does: `peaks` for `measure`, names and versions."""
     from l2p_fast import __version__, ops
@@ -341,6 +349,7 @@ def machine(device: str, dtype: str) -> dict[str, Any]:
         "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else None,
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
+        "instructions": None if device == "cuda" else instructions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "diffusers": _version("diffusers"),

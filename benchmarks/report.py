@@ -1,14 +1,14 @@
-"""The benchmarks' JSON as one table and plots: ``python -m benchmarks.report benchmarks/results/*.json``.
+"""The benchmarks' JSON as a page of tables and plots: ``python -m benchmarks.report benchmarks/results/*.json``.
 
-Writes ``table.md`` and, for each file, ``<name>.png`` (time and memory against resolution) into ``--out``. ``--readme``
-puts the table between the two marker comments of a README as well.
+The tables go between the two marker comments of ``--page``, a plot of each file (time and memory against resolution)
+into the folder that is named like the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+from collections import Counter
 from pathlib import Path
 
 from l2p_fast.errors import UserError, run_cli
@@ -16,7 +16,7 @@ from l2p_fast.files import atomic_path
 
 from .measure import NOT_RUN
 
-OUT = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NEEDED = {"level", "name", "resolution", "variant", "status", "reason"}
 LEVELS = ("op", "head", "block", "step", "image", "train")
@@ -65,6 +65,7 @@ def headline(machine: dict) -> str:
     """What was measured where, in words."""
     scale = machine["scale"]
     chip = machine.get("gpu") or f"{machine.get('cpu') or 'CPU'}, {machine['threads']} threads"
+    chip += f" ({machine['instructions']})" if machine.get("instructions") else ""
     versions = f"PyTorch {machine['torch']}, diffusers {machine['diffusers']}, l2p_fast {machine['l2p_fast']}"
     peaks = f"{machine['matmul_flops'] / 1e12:.3g} TFLOP/s matmul, {machine['copy_bytes'] / 1e9:.3g} GB/s copy"
     channels = "-".join(map(str, scale["vae_channels"]))
@@ -114,15 +115,19 @@ def cells(row: dict, ours: dict | None) -> list[str]:
 
 
 def table(machine: dict, rows: list[dict]) -> str:
+    """The machine, the rows that were tried, and how many were not and why."""
     ours = {(row["level"], row["name"]): row for row in rows if row["variant"] == "ours"}
+    tried = [row for row in rows if row["status"] != NOT_RUN]
     lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    lines += [cells(row, ours.get((row["level"], row["name"]))) for row in rows]
+    lines += [cells(row, ours.get((row["level"], row["name"]))) for row in tried]
     body = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{headline(machine)}\n\n{body}\n"
+    reasons = Counter(row["reason"].split(": ")[0] for row in rows if row["status"] == NOT_RUN)
+    left = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+    return f"{headline(machine)}\n\n{body}\n" + (f"\nNot run: {left}.\n" if left else "")
 
 
 def plot(rows: list[dict], path: Path) -> bool:
-    """Time and extra memory against resolution, one column a level; False when nothing is there to plot.
+    """Time and extra memory against resolution, one column a level; False when no level was done at two resolutions.
 
     A cross at the upper edge is a row without a time: out of memory, over budget, not run. Versions of which no row of
     a level was tried, such as compiled ones where that is off, are left out.
@@ -131,34 +136,47 @@ def plot(rows: list[dict], path: Path) -> bool:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    levels = [level for level in PLOTTED if any(r["level"] == level and r["status"] == "ok" for r in rows)]
+    sizes = {level: {r["resolution"] for r in rows if r["level"] == level and r["status"] == "ok"} for level in PLOTTED}
+    levels = [level for level in PLOTTED if len(sizes[level]) > 1]
     if not levels:
         return False
     variants = list(dict.fromkeys(row["variant"] for row in rows if row["level"] in levels))
-    figure, grid = pyplot.subplots(2, len(levels), figsize=(4 * len(levels), 7), squeeze=False, layout="constrained")
+    shape = (2, len(levels)) if len(levels) > 1 else (1, 2)
+    figure, grid = pyplot.subplots(*shape, figsize=(4 * shape[1], 3.5 * shape[0]), squeeze=False, layout="constrained")
+    crossed = False
+    quantities = (("median_s", 1, "seconds"), ("extra_mb", 1024, "GB beyond the weights"))
     for column, level in enumerate(levels):
-        for axes, key, label in zip(grid[:, column], ("median_s", "extra_mb"), ("s", "MB beyond weights"), strict=True):
-            sides = sorted({row["resolution"] for row in rows if row["level"] == level})
+        sides = sorted({row["resolution"] for row in rows if row["level"] == level})
+        for axes, (key, unit, quantity) in zip(grid.reshape(2, -1)[:, column], quantities, strict=True):
+            height = 0.97  # of the crosses
             for number, variant in enumerate(variants):
                 chosen = [r for r in rows if (r["level"], r["variant"]) == (level, variant)]
-                if all(r["status"] == "not run" for r in chosen):
+                if all(r["status"] == NOT_RUN for r in chosen):
                     continue
-                done = sorted((r["resolution"], r[key]) for r in chosen if r["status"] == "ok" and r.get(key))
+                done = sorted((r["resolution"], r[key] / unit) for r in chosen if r["status"] == "ok" and r.get(key))
                 color = f"C{number}"
                 if done:
                     axes.plot(*zip(*done, strict=True), marker="o", color=color, label=variant)
-                missing = [r["resolution"] for r in chosen if r["status"] != "ok"]
-                height = [0.97 - 0.04 * number] * len(missing)
-                above = axes.get_xaxis_transform()
-                axes.plot(missing, height, "x", color=color, label=None if done else variant, transform=above)
-            axes.set(xscale="log", yscale="log", xlabel="side, px", ylabel=label, title=TITLES[level])
+                if missing := [r["resolution"] for r in chosen if r["status"] != "ok"]:
+                    crossed, place = True, {"transform": axes.get_xaxis_transform()}
+                    label = None if done else variant
+                    axes.plot(missing, [height] * len(missing), "x", color=color, label=label, **place)
+                    height -= 0.04
+            axes.set(xscale="log", yscale="log", xlabel="side, px", ylabel=quantity, title=TITLES[level])
             axes.set_xticks(sides, [str(side) for side in sides], rotation=30)
-            axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+            axes.margins(x=0.12, y=0.2)  # crosses and legends have room above
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
-    figure.supxlabel("x at the upper edge: out of memory, over its budget or not run; see the table", fontsize=8)
+    if crossed:
+        figure.supxlabel("x at the upper edge: out of memory, over its budget or not run; see the table", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
@@ -177,41 +195,26 @@ def put_between(text: str, content: str, name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Table and plots of benchmarks.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and plots of benchmarks.")
     parser.add_argument("results", nargs="+", type=Path, help="what pytest benchmarks/ --benchmark-json=FILE wrote")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder (default: benchmarks/results)")
-    parser.add_argument("--readme", type=Path, nargs="?", const=Path("README.md"), help="README to put the table into")
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file to fill (default: docs/benchmarks.md)")
     args = parser.parse_args(arguments)
     read_all = [(path, *read(path)) for path in args.results]
-    readme = None
-    if args.readme is not None:
-        try:
-            readme = args.readme.read_text()
-        except OSError as error:
-            raise UserError(f"can't read {args.readme}: {error.strerror}") from error
-        put_between(readme, "", str(args.readme))  # complain before anything is written
-
-    def sections(folder: Path, whole: bool = True) -> str:
-        """The table of every file; links to plots as seen from ``folder``. Not ``whole``: without rows not run."""
-        parts = []
-        for path, machine, rows in read_all:
-            plotted = path.stem in plots
-            link = os.path.relpath(args.out / f"{path.stem}.png", folder)
-            picture = f"\n![Time and memory against resolution]({link})\n" if plotted else ""
-            kept = [row for row in rows if whole or row["status"] != NOT_RUN]
-            rest = os.path.relpath(args.out / "table.md", folder)
-            left = f"\n{len(rows) - len(kept)} rows were not run; they stand in [{rest}]({rest}).\n"
-            parts.append(f"### {path.stem}\n\n{table(machine, kept)}{left if len(kept) < len(rows) else ''}{picture}")
-        return "\n".join(parts)
-
-    plots = {path.stem for path, _, rows in read_all if plot(rows, args.out / f"{path.stem}.png")}
-    with atomic_path(args.out / "table.md") as temporary:
-        temporary.write_text(sections(args.out))
-    print(f"{args.out / 'table.md'}: {sum(len(rows) for _, _, rows in read_all)} rows, {len(plots)} plots")
-    if readme is not None:
-        with atomic_path(args.readme) as temporary:
-            temporary.write_text(put_between(readme, sections(args.readme.parent, whole=False), str(args.readme)))
-        print(f"{args.readme}: table replaced")
+    try:
+        page = args.page.read_text() if args.page.exists() else f"{BEGIN}\n{END}\n"
+    except OSError as error:
+        raise UserError(f"can't read {args.page}: {error.strerror}") from error
+    put_between(page, "", str(args.page))  # complain before anything is written
+    parts, plots = [], 0
+    for path, machine, rows in read_all:
+        part, name = f"### {path.stem}\n\n{table(machine, rows)}", f"{path.stem}.png"
+        if plot(rows, args.page.with_suffix("") / name):
+            part += f"\n![Time and memory against resolution]({args.page.stem}/{name})\n"
+            plots += 1
+        parts.append(part)
+    with atomic_path(args.page) as temporary:
+        temporary.write_text(put_between(page, "\n".join(parts), str(args.page)))
+    print(f"{args.page}: {sum(len(rows) for _, _, rows in read_all)} rows, {plots} plots")
     return 0
 
 

@@ -199,6 +199,7 @@ def result(path, rows=None):
             row("plain", 1024, median_s=2.0, **done),
             row("ours", 4096, median_s=0.002, **done),
             row("plain", 4096) | {"status": "out of memory", "reason": "needs more than 12 GB | really"},
+            row("compiled", 4096) | {"status": "not run", "reason": "torch.compile is off here; --compile on"},
         ]
     machine = dict(
         gpu=None, threads=2, torch="2.13", diffusers="0.42", l2p_fast="0.1", extension="loaded", device="cpu",
@@ -210,39 +211,38 @@ def result(path, rows=None):
 
 
 def test_report(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    out = tmp_path / "results"
-    given = [str(result(tmp_path / "machine.json")), "--out", str(out), "--readme", str(readme)]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    given = [str(result(tmp_path / "machine.json")), "--page", str(page)]
     assert report.main(given) == 0
-    table = (out / "table.md").read_text()
+    table = page.read_text()
+    assert table.startswith("before\n") and table.endswith("after\n") and "old" not in table
     assert "A CPU, 2 threads" in table and "width 128, 3 layers" in table and "bfloat16" in table
     assert "| head: 1024 | 1024 | plain | 2 s | 0.25 | 1.95 GB | 2.05 GB | 1 | 2 | 50% | 10% |  |" in table
     assert "| 2 ms |" in table and "out of memory: needs more than 12 GB \\| really" in table
     lines = [line.replace("\\|", "") for line in table.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
-    assert (out / "machine.png").read_bytes()[:4] == b"\x89PNG"
-    assert sorted(p.name for p in out.iterdir()) == ["machine.png", "table.md"]
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "(results/machine.png)" in text and "(machine.png)" in table
-    assert report.main(given) == 0 and readme.read_text() == text
+    assert "Not run: torch.compile is off here; --compile on (1)." in table and "compiled |" not in table
+    assert "(page/machine.png)" in table and (tmp_path / "page" / "machine.png").read_bytes()[:4] == b"\x89PNG"
+    assert report.main(given) == 0 and page.read_text() == table
+    new = tmp_path / "new.md"
+    assert report.main([*given[:2], str(new)]) == 0 and "(new/machine.png)" in new.read_text()
 
 
 def test_report_refuses(tmp_path):
     for name, content in {"text": "no JSON", "other": '{"benchmarks": [{}]}', "list": "[]"}.items():
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match="--benchmark-json"):
-            report.main([str(tmp_path / name), "--out", str(tmp_path / "out")])
+            report.main([str(tmp_path / name), "--page", str(tmp_path / "page.md")])
     with pytest.raises(UserError, match="can't read"):
         report.main([str(tmp_path / "nothing.json")])
     with pytest.raises(UserError, match="holds no row"):
         report.main([str(result(tmp_path / "empty.json", []))])
-    readme = tmp_path / "README.md"
-    readme.write_text(report.END + report.BEGIN)
+    page = tmp_path / "page.md"
+    page.write_text(report.END + report.BEGIN)
     with pytest.raises(UserError, match="once each"):
-        report.main([str(result(tmp_path / "m.json")), "--readme", str(readme), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+        report.main([str(result(tmp_path / "m.json")), "--page", str(page)])
+    assert not (tmp_path / "page").exists()
 
 
 @pytest.mark.slow
