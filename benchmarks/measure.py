@@ -321,7 +321,7 @@ def _is_out_of_memory(problem: Exception) -> bool:
     return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or any(word in str(problem) for word in words)
 
 
-def instructions() -> str:
+def instruction_set() -> str:
     """The CPU's vector instructions, on which times in bfloat16 depend most."""
     from l2p_fast import ops
 
@@ -349,11 +349,10 @@ def machine(device: str, dtype: str) -> dict[str, Any]:
         "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else None,
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
-        "instructions": None if device == "cuda" else instructions(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "diffusers": _version("diffusers"),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": instruction_set(),
         "l2p_fast": __version__,
         "extension": ops.extension_status(),
     }

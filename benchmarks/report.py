@@ -64,8 +64,8 @@ def read(path: Path) -> tuple[dict, list[dict]]:
 def headline(machine: dict) -> str:
     """What was measured where, in words."""
     scale = machine["scale"]
-    chip = machine.get("gpu") or f"{machine.get('cpu') or 'CPU'}, {machine['threads']} threads"
-    chip += f" ({machine['instructions']})" if machine.get("instructions") else ""
+    instructions = f" ({machine['instruction_set']})" if machine.get("instruction_set") else ""
+    chip = machine.get("gpu") or f"{machine.get('cpu') or 'CPU'}{instructions}, {machine['threads']} threads"
     versions = f"PyTorch {machine['torch']}, diffusers {machine['diffusers']}, l2p_fast {machine['l2p_fast']}"
     peaks = f"{machine['matmul_flops'] / 1e12:.3g} TFLOP/s matmul, {machine['copy_bytes'] / 1e9:.3g} GB/s copy"
     channels = "-".join(map(str, scale["vae_channels"]))
