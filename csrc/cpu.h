@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -14,16 +15,7 @@
 
 #include "element.h"
 
-// One build runs on every x86-64 processor: the loader picks the widest clone the processor has. Levels and features,
-// not models ("arch=haswell"): those match one maker's one generation.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && __GNUC__ >= 12
-#define L2P_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define L2P_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define L2P_CLONES
-#endif
-// What a clone calls must become part of it, to be compiled for its processor.
+// What on_this_cpu is given must become part of its clones, with all it calls, to be compiled for their processors.
 #define L2P_INLINE __attribute__((always_inline)) inline
 #define L2P_INLINE_LAMBDA __attribute__((always_inline))
 
@@ -64,6 +56,49 @@ L2P_INLINE void store(Bits16& to, A given) {
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define L2P_AVX2 "avx2,fma,f16c,bmi,bmi2"
+#define L2P_AVX512 L2P_AVX2 ",avx512f,avx512cd,avx512bw,avx512dq,avx512vl"
+
+enum class Cpu { baseline, avx2, avx512 };
+
+// What this processor has; of it at most AVX2 with L2P_CPU=avx2, so that one machine can test both.
+inline Cpu this_cpu() {
+  static const Cpu cpu = [] {
+    __builtin_cpu_init();
+    const auto has = [](auto... answers) { return (static_cast<bool>(answers) && ...); };
+    if (!has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi2"))) {
+      return Cpu::baseline;
+    }
+    const char* pretended = std::getenv("L2P_CPU");
+    if (pretended != nullptr && std::strcmp(pretended, "avx2") == 0) return Cpu::avx2;
+    return has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512cd"), __builtin_cpu_supports("avx512bw"),
+               __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"))
+               ? Cpu::avx512
+               : Cpu::avx2;
+  }();
+  return cpu;
+}
+
+template <typename Body>
+__attribute__((target(L2P_AVX512), noinline)) void with_avx512(const Body& body) { body(); }
+template <typename Body>
+__attribute__((target(L2P_AVX2), noinline)) void with_avx2(const Body& body) { body(); }
+
+// Calls body(), compiled for the widest instructions that this processor has: one build runs everywhere.
+template <typename Body>
+void on_this_cpu(const Body& body) {
+  switch (this_cpu()) {
+    case Cpu::avx512: return with_avx512(body);
+    case Cpu::avx2: return with_avx2(body);
+    case Cpu::baseline: return body();
+  }
+}
+#else
+template <typename Body>
+void on_this_cpu(const Body& body) { body(); }
+#endif
 
 // Calls body(T{}) with the element type.
 template <typename Body>

@@ -5,6 +5,7 @@
 // plane are one vector, so every multiplication is a full vector times a broadcast pair of weights, whatever the number
 // of channels; up to 8 channels x 48 columns stay in registers over all taps. Even and odd columns (`phase`) are made one
 // after the other, which is what the coarse input (its columns count twice) and the 2x2 maximum need.
+#include "cpu.h"
 #include "head.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -436,9 +437,7 @@ void head_level_cpu(const HeadLevel& level) {
 namespace l2p {
 
 bool head_level_cpu_runs_here() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return this_cpu() == Cpu::avx512 && __builtin_cpu_supports("avx512bf16");
 }
 
 }  // namespace l2p

@@ -143,21 +143,25 @@ L2P_INLINE void backward_slab(const NormShape& s, const NormData& d, int64_t ind
   }
 }
 
-L2P_CLONES void forward_slabs(const NormShape& s, const NormData& d, Element element, int64_t begin, int64_t end) {
-  with_type(element, [&](auto type) L2P_INLINE_LAMBDA {
-    for (int64_t index = begin; index < end; ++index) {
-      if (d.cos != nullptr) {
-        forward_slab_rope<decltype(type)>(s, d, index);
-      } else {
-        forward_slab<decltype(type)>(s, d, index);
+void forward_slabs(const NormShape& s, const NormData& d, Element element, int64_t begin, int64_t end) {
+  on_this_cpu([&]() L2P_INLINE_LAMBDA {
+    with_type(element, [&](auto type) L2P_INLINE_LAMBDA {
+      for (int64_t index = begin; index < end; ++index) {
+        if (d.cos != nullptr) {
+          forward_slab_rope<decltype(type)>(s, d, index);
+        } else {
+          forward_slab<decltype(type)>(s, d, index);
+        }
       }
-    }
+    });
   });
 }
 
-L2P_CLONES void backward_slabs(const NormShape& s, const NormData& d, Element element, int64_t begin, int64_t end) {
-  with_type(element, [&](auto type) L2P_INLINE_LAMBDA {
-    for (int64_t index = begin; index < end; ++index) backward_slab<decltype(type)>(s, d, index);
+void backward_slabs(const NormShape& s, const NormData& d, Element element, int64_t begin, int64_t end) {
+  on_this_cpu([&]() L2P_INLINE_LAMBDA {
+    with_type(element, [&](auto type) L2P_INLINE_LAMBDA {
+      for (int64_t index = begin; index < end; ++index) backward_slab<decltype(type)>(s, d, index);
+    });
   });
 }
 

@@ -52,25 +52,17 @@ L2P_INLINE void dense_runs(Direction direction, const PatchLayout& s, void* pixe
 
 using DenseRuns = void (*)(Direction, const PatchLayout&, void*, void*, int64_t, int64_t);
 
-// Clones can't be templates: one named function for each pair of types.
-L2P_CLONES void f32_f32(Direction d, const PatchLayout& s, void* pixels, void* tokens, int64_t begin, int64_t end) {
-  dense_runs<float, float>(d, s, pixels, tokens, begin, end);
-}
-L2P_CLONES void f32_bf16(Direction d, const PatchLayout& s, void* pixels, void* tokens, int64_t begin, int64_t end) {
-  dense_runs<float, Bits16>(d, s, pixels, tokens, begin, end);
-}
-L2P_CLONES void bf16_f32(Direction d, const PatchLayout& s, void* pixels, void* tokens, int64_t begin, int64_t end) {
-  dense_runs<Bits16, float>(d, s, pixels, tokens, begin, end);
-}
-L2P_CLONES void bf16_bf16(Direction d, const PatchLayout& s, void* pixels, void* tokens, int64_t begin, int64_t end) {
-  dense_runs<Bits16, Bits16>(d, s, pixels, tokens, begin, end);
+template <typename Pixel, typename Token>
+void dense_runs_here(Direction d, const PatchLayout& s, void* pixels, void* tokens, int64_t begin, int64_t end) {
+  on_this_cpu([&]() L2P_INLINE_LAMBDA { dense_runs<Pixel, Token>(d, s, pixels, tokens, begin, end); });
 }
 
 // Null where only the general loop applies.
 DenseRuns dense_runs_for(Element pixel_type, Element token_type) {
   const bool wide_pixels = pixel_type == Element::f32, wide_tokens = token_type == Element::f32;
   if (!(wide_pixels || pixel_type == Element::bf16) || !(wide_tokens || token_type == Element::bf16)) return nullptr;
-  return wide_pixels ? (wide_tokens ? f32_f32 : f32_bf16) : (wide_tokens ? bf16_f32 : bf16_bf16);
+  if (wide_pixels) return wide_tokens ? dense_runs_here<float, float> : dense_runs_here<float, Bits16>;
+  return wide_tokens ? dense_runs_here<Bits16, float> : dense_runs_here<Bits16, Bits16>;
 }
 
 template <typename Pixel, typename Token>

@@ -65,12 +65,16 @@ L2P_INLINE void backward(const SiluData& d, int64_t begin, int64_t end) {
   }
 }
 
-L2P_CLONES void forward_any(const SiluData& d, Element element, int64_t begin, int64_t end) {
-  with_type(element, [&](auto type) L2P_INLINE_LAMBDA { forward<decltype(type)>(d, begin, end); });
+void forward_any(const SiluData& d, Element element, int64_t begin, int64_t end) {
+  on_this_cpu([&]() L2P_INLINE_LAMBDA {
+    with_type(element, [&](auto type) L2P_INLINE_LAMBDA { forward<decltype(type)>(d, begin, end); });
+  });
 }
 
-L2P_CLONES void backward_any(const SiluData& d, Element element, int64_t begin, int64_t end) {
-  with_type(element, [&](auto type) L2P_INLINE_LAMBDA { backward<decltype(type)>(d, begin, end); });
+void backward_any(const SiluData& d, Element element, int64_t begin, int64_t end) {
+  on_this_cpu([&]() L2P_INLINE_LAMBDA {
+    with_type(element, [&](auto type) L2P_INLINE_LAMBDA { backward<decltype(type)>(d, begin, end); });
+  });
 }
 
 }  // namespace

@@ -1,15 +1,16 @@
 // Why: the sampler's update and the final picture in one pass over memory on the CPU, with PyTorch's own threads.
+// See update.h: no fused multiply-add, whatever the processor has. clang: within expressions only, and there are none.
+// Before the headers: what is compiled for one processor is inlined there.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
 #include "cpu.h"
 #include "update.h"
-
-// See update.h: no fused multiply-add, whatever the processor has. clang: within expressions only, and there are none.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=off")
-#endif
 
 namespace l2p {
 namespace {
@@ -37,41 +38,45 @@ L2P_INLINE void step_line(const UpdateData& d, const Pixel& start) {
   }
 }
 
-L2P_CLONES void step_lines(const UpdateData& d, Element raw_type, int64_t begin, int64_t end) {
-  with_type(raw_type, [&](auto type) L2P_INLINE_LAMBDA {
-    for (int64_t line = begin; line < end; ++line) {
-      const Pixel start = pixel_at(d.size, line * d.size[3]);
-      if (d.negative != nullptr) {
-        step_line<decltype(type), true>(d, start);
-      } else {
-        step_line<decltype(type), false>(d, start);
+void step_lines(const UpdateData& d, Element raw_type, int64_t begin, int64_t end) {
+  on_this_cpu([&]() L2P_INLINE_LAMBDA {
+    with_type(raw_type, [&](auto type) L2P_INLINE_LAMBDA {
+      for (int64_t line = begin; line < end; ++line) {
+        const Pixel start = pixel_at(d.size, line * d.size[3]);
+        if (d.negative != nullptr) {
+          step_line<decltype(type), true>(d, start);
+        } else {
+          step_line<decltype(type), false>(d, start);
+        }
       }
-    }
+    });
   });
 }
 
-L2P_CLONES void bytes_of_lines(const PictureData& d, int64_t begin, int64_t end) {
-  const int64_t channels = d.size[1], height = d.size[2], width = d.size[3];
-  for (int64_t line = begin; line < end; ++line) {
-    const float* first = d.pixels + offset_of(d.stride, {line / height, 0, line % height, 0});
-    uint8_t* __restrict out = d.out + line * width * channels;
-    if (channels == 3 && d.stride[3] == 1) {
-      const float* __restrict red = first;
-      const float* __restrict green = first + d.stride[1];
-      const float* __restrict blue = first + 2 * d.stride[1];
-      for (int64_t x = 0; x < width; ++x) {
-        out[3 * x] = to_byte(red[x]);
-        out[3 * x + 1] = to_byte(green[x]);
-        out[3 * x + 2] = to_byte(blue[x]);
-      }
-    } else {
-      for (int64_t x = 0; x < width; ++x) {
-        for (int64_t c = 0; c < channels; ++c) {
-          out[x * channels + c] = to_byte(first[c * d.stride[1] + x * d.stride[3]]);
+void bytes_of_lines(const PictureData& d, int64_t begin, int64_t end) {
+  on_this_cpu([&]() L2P_INLINE_LAMBDA {
+    const int64_t channels = d.size[1], height = d.size[2], width = d.size[3];
+    for (int64_t line = begin; line < end; ++line) {
+      const float* first = d.pixels + offset_of(d.stride, {line / height, 0, line % height, 0});
+      uint8_t* __restrict out = d.out + line * width * channels;
+      if (channels == 3 && d.stride[3] == 1) {
+        const float* __restrict red = first;
+        const float* __restrict green = first + d.stride[1];
+        const float* __restrict blue = first + 2 * d.stride[1];
+        for (int64_t x = 0; x < width; ++x) {
+          out[3 * x] = to_byte(red[x]);
+          out[3 * x + 1] = to_byte(green[x]);
+          out[3 * x + 2] = to_byte(blue[x]);
+        }
+      } else {
+        for (int64_t x = 0; x < width; ++x) {
+          for (int64_t c = 0; c < channels; ++c) {
+            out[x * channels + c] = to_byte(first[c * d.stride[1] + x * d.stride[3]]);
+          }
         }
       }
     }
-  }
+  });
 }
 
 }  // namespace
