@@ -146,7 +146,7 @@ def export(args: argparse.Namespace) -> None:
     print(f"  new          0 tensors\n  skipped      0 tensors\n  dequantized {quantized} of them")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m l2p_fast.convert",
         description="Make checkpoints out of checkpoints: .safetensors files, folders of shards, diffusers folders.",
@@ -216,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns 0; `UserError` for what the user can mend."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if getattr(args, "head_width", None) is not None and not 0 < args.head_width < 16:
         raise UserError(f"--head-width must lie between 0 and 16, got {args.head_width}; the published head is 1.0")
     args.run(args)
