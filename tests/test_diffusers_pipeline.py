@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -271,6 +272,8 @@ def test_lora_family(pipe, tmp_path):
     def draw(**kwargs):
         return pipe("a", generator=seeded(), output_type="pt", **SMALL, **kwargs).images
 
+    strong = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 16, "transformer.r": 4})}
+    save_file(weights, tmp_path / "strong.safetensors", metadata=strong)
     plain = draw()
     pipe.load_lora_weights(str(tmp_path / "lora.safetensors"), adapter_name="one")
     adapted = draw()
@@ -285,5 +288,10 @@ def test_lora_family(pipe, tmp_path):
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
     torch.testing.assert_close(draw(), plain, rtol=0, atol=1e-4)
+    pipe.load_lora_weights(tmp_path, weight_name="strong.safetensors")
+    torch.testing.assert_close(draw(attention_kwargs={"scale": 0.25}), adapted, rtol=0, atol=1e-4)  # alpha / rank = 4
+    pipe.delete_adapters("default_0")
+    pipe.load_lora_weights(weights, adapter_name="two")  # a state dict goes through diffusers
+    torch.testing.assert_close(draw(), adapted, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match="only scale"):
         draw(attention_kwargs={"ip_adapter_masks": []})

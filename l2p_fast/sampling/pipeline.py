@@ -25,12 +25,13 @@ from diffusers.loaders import ZImageLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from diffusers.utils import get_adapter_name, scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..errors import FieldError, UserError
+from ..formats.lora import load_lora
 from ..formats.pipeline import PipelineFolder, read_pipeline
 from ..loading import load_model, load_text_encoder
 from ..models.text import MAX_TOKENS, encode_prompts
@@ -235,6 +236,23 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             raise UserError("this pipeline has no text encoder: load one, or pass (negative_)prompt_embeds")
         device = device or self._execution_device
         return encode_prompts(self.text_encoder, self.tokenizer, prompts, device, max_sequence_length)
+
+    def load_lora_weights(self, source: Any, adapter_name: str | None = None, **kwargs) -> None:
+        """As in diffusers; a file or folder that is here is read by `formats.lora`, which knows more trainers' files.
+
+        Args:
+            source: a path, or whatever else diffusers takes (a hub id, a state dict).
+            adapter_name: None: default_0, default_1, ...
+            kwargs: diffusers' own; ``weight_name`` is a file of the folder ``source``.
+
+        Raises:
+            UserError: see `formats.lora.read_lora`.
+        """
+        if not isinstance(source, (str, os.PathLike)) or not os.path.exists(source):
+            super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
+            return
+        path = Path(source, kwargs["weight_name"]) if kwargs.get("weight_name") else Path(source)
+        load_lora(self.transformer, path, adapter=adapter_name or get_adapter_name(self.transformer))
 
     def coarse_resolution(self, height: int, width: int, coarse_size: int | None = None) -> tuple[int, int] | None:
         """Height and width in pixels of the coarse start of a ``height`` x ``width`` image; None: it has none.
