@@ -1,7 +1,8 @@
 """``python -m l2p_fast.convert init | merge | export``: make checkpoints out of checkpoints.
 
 Everything is checked by names and shapes before the first byte is written, then streamed tensor by tensor: memory stays
-small whatever the model's size. Left out: quantizing, and merging LoRAs (`formats.lora.load_lora` does that).
+small whatever the model's size. Torch is loaded only for the writing. Left out: quantizing, and merging LoRAs
+(`formats.lora.load_lora` does that).
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, few, run_cli
 from .formats.checkpoint import Checkpoint, misshapen
 from .formats.names import LAYOUTS
-from .formats.shapes import model_shapes
-from .formats.write import Piece, write_pieces
+from .formats.shapes import PIXEL_PARTS, model_shapes
 from .variants import OF_PATCH, VARIANTS
 
-DTYPE_OF = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_NEW = ("all_x_embedder.", "local_decoder.")  # what an initialization may draw anew
+if TYPE_CHECKING:
+    import torch
+
+    from .formats.write import Piece
+
+DTYPES = ("keep", "bfloat16", "float16", "float32")
 
 _EPILOG = """examples:
   python -m l2p_fast.convert init Z-Image-Turbo/ --res 1k --out init-1k.safetensors
@@ -55,7 +58,15 @@ def _prepare_out(out: str, overwrite: bool, *sources: Checkpoint) -> Path:
     return path
 
 
+def _dtype(name: str) -> torch.dtype | None:
+    import torch
+
+    return None if name == "keep" else getattr(torch, name)
+
+
 def _write(args: argparse.Namespace, path: Path, pieces: Mapping[str, Piece], config: Mapping) -> None:
+    from .formats.write import write_pieces
+
     layout, prefix = getattr(args, "layout", "published"), getattr(args, "prefix", "")
     size = write_pieces(pieces, path, layout, prefix, config)
     dtypes = sorted({str(piece.dtype).removeprefix("torch.") for piece in pieces.values()})
@@ -74,16 +85,18 @@ def init(args: argparse.Namespace) -> None:
     copied = [key for key in wanted if shapes.get(key) == wanted[key]]
     new = [key for key in wanted if key not in set(copied)]
     skipped = [key for key in shapes if shapes[key] != wanted.get(key)]
-    lost = [key for key in new if not key.startswith(_NEW)]
+    lost = [key for key in new if not key.startswith(PIXEL_PARTS)]
     if lost:
         raise UserError(f"{source.path} lacks {len(lost)} tensors of the body ({few(lost)}); the file is incomplete")
-    dtype = DTYPE_OF[args.dtype]
+    path = _prepare_out(args.out, args.overwrite, source)
+    from .formats.write import Piece
+
+    dtype = _dtype(args.dtype)
     pieces = {key: Piece.of_checkpoint(source, key, dtype) for key in copied}
     for key in new:
         weight = key.removesuffix("bias") + "weight" if key.endswith(".bias") else key
         fan_in = math.prod(wanted[weight][1:])
         pieces[key] = Piece.of_init(key, wanted[key], fan_in, args.seed, dtype or source.default_dtype)
-    path = _prepare_out(args.out, args.overwrite, source)
     _write(args, path, pieces, source.config)
     print(f"init: patch {patch} pixel model from {source.path}, seed {args.seed}")
     for word, keys, sizes in (("copied", copied, wanted), ("new", new, wanted), ("skipped", skipped, shapes)):
@@ -91,14 +104,22 @@ def init(args: argparse.Namespace) -> None:
     print(f"  total {_parameters(wanted, wanted):,} parameters")
 
 
+def _trained(path: str, ema: bool) -> tuple[Any, bool]:
+    """What a training gave, and whether it is one of its own checkpoints."""
+    if Path(path).is_dir():
+        from .training.state import TrainedTensors, is_training_checkpoint
+
+        if is_training_checkpoint(path):
+            return TrainedTensors(path, ema), True
+    if ema:
+        raise UserError(f"--ema goes with a checkpoint folder of a training run; {path} is none")
+    return Checkpoint(path), False
+
+
 def merge(args: argparse.Namespace) -> None:
     """A trained delta over its base: equal keys are overwritten."""
-    from .training.state import TrainedTensors, is_training_checkpoint
-
-    in_training = is_training_checkpoint(args.delta)
-    if args.ema and not in_training:
-        raise UserError(f"--ema goes with a checkpoint folder of a training run; {args.delta} is none")
-    delta, base = TrainedTensors(args.delta, args.ema) if in_training else Checkpoint(args.delta), Checkpoint(args.base)
+    delta, in_training = _trained(args.delta, args.ema)
+    base = Checkpoint(args.base)
     if delta.kind() == "lora":
         raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.formats.lora.load_lora(model, FILE)")
     wanted = model_shapes(base.l2p_config())
@@ -114,12 +135,14 @@ def merge(args: argparse.Namespace) -> None:
         raise UserError(
             f"{delta.path}: {len(wrong)} tensors are misshapen ({few(wrong)}); give the base it was trained from"
         )
-    dtype = DTYPE_OF[args.dtype]
+    path = _prepare_out(args.out, args.overwrite, delta, base)
+    from .formats.write import Piece
+
+    dtype = _dtype(args.dtype)
     pieces = {key: Piece.of_checkpoint(base, key, dtype) for key in wanted if key not in shapes}
     pieces |= {
         key: delta.piece(key, dtype) if in_training else Piece.of_checkpoint(delta, key, dtype) for key in shapes
     }
-    path = _prepare_out(args.out, args.overwrite, delta, base)
     _write(args, path, pieces, base.config | delta.config)
     print(f"merge: {delta.path} over {base.path}")
     print(_line("new", list(shapes), wanted))
@@ -130,15 +153,17 @@ def merge(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """The same weights in another layout; quantized ones are dequantized."""
-    source = Checkpoint(args.source)
-    wanted = model_shapes(source.l2p_config())
     if args.prefix and args.layout != "comfyui":
         raise UserError("--prefix goes with --layout comfyui; the published layout has none")
     if not re.fullmatch(r"([A-Za-z0-9_]+\.)*", args.prefix):
         raise UserError(f"--prefix must be names that each end in a dot (model.diffusion_model.), got {args.prefix}")
-    dtype = DTYPE_OF[args.dtype]
-    pieces = {key: Piece.of_checkpoint(source, key, dtype) for key in wanted}
+    source = Checkpoint(args.source)
+    wanted = model_shapes(source.l2p_config())
     path = _prepare_out(args.out, args.overwrite, source)
+    from .formats.write import Piece
+
+    dtype = _dtype(args.dtype)
+    pieces = {key: Piece.of_checkpoint(source, key, dtype) for key in wanted}
     _write(args, path, pieces, source.config)
     quantized = sum(where.quantized for where in source.tensors.values())
     print(f"export: {source.path}")
@@ -158,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write, atomically")
     common.add_argument(
         "--dtype",
-        choices=DTYPE_OF,
+        choices=DTYPES,
         default="keep",
         help="cast every tensor to this; keep: each tensor's own, bfloat16 for quantized ones (default)",
     )

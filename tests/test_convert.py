@@ -12,6 +12,7 @@ from test_checkpoint import TINY, comfy, state_of, tiny
 
 from l2p_fast.convert import main
 from l2p_fast.errors import UserError
+from l2p_fast.formats.write import Piece, save_single_file, write_pieces
 from l2p_fast.loading import load_model
 
 
@@ -141,3 +142,39 @@ def test_help_names_the_commands():
     done = subprocess.run([sys.executable, "-m", "l2p_fast.convert", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("init", "merge", "export", "examples:"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_never_merged(tmp_path, value):
+    """Neither from a file, nor from tensors that a training hands over; nothing is left behind."""
+    save_file(state_of(tiny()), tmp_path / "base.safetensors")
+    trained = {"x_pad_token": torch.full((1, 64), value)}
+    save_file(trained, tmp_path / "delta.safetensors")
+    files = sorted(tmp_path.iterdir())
+    args = ["merge", str(tmp_path / "delta.safetensors"), "--base", str(tmp_path / "base.safetensors")]
+    with pytest.raises(UserError, match="NaN or infinite"):
+        main([*args, "--out", str(tmp_path / "o.safetensors")])
+    pieces = {"x_pad_token": Piece((1, 64), torch.float32, lambda dtype: iter([trained["x_pad_token"].to(dtype)]))}
+    with pytest.raises(UserError, match="x_pad_token holds NaN or infinite values; nothing was written"):
+        write_pieces(pieces, tmp_path / "o.safetensors")
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_values_beyond_float16_are_never_written(tmp_path):
+    with pytest.raises(UserError, match="beyond float16"):
+        save_single_file({"x_pad_token": torch.full((1, 64), 1e6)}, tmp_path / "o.safetensors", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_answered_before_torch_is_loaded(tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(b"GGUF" + bytes(100))
+    code = f"""
+import sys
+from l2p_fast.convert import main
+try:
+    main(["export", {str(tmp_path / "m.safetensors")!r}, "--out", {str(tmp_path / "o.safetensors")!r}])
+except ValueError as error:
+    print(error, "torch" in sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "GGUF" in said and said.strip().endswith("False")

@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZImageTransformer2DModel
 
 from l2p_fast.errors import UserError
+from l2p_fast.formats.shapes import PIXEL_PARTS
 from l2p_fast.formats.write import save_single_file
 from l2p_fast.models.blocks import rope_tables
 from l2p_fast.models.zimage import L2PTransformer2DModel
@@ -63,7 +64,7 @@ def test_blocks_are_named_in_order_of_execution():
     modulations = model.prepare([torch.randn(5, 24)], 64, 64, timesteps=torch.tensor([0.5])).modulations
     assert len(modulations) == len(model.modulated_blocks) == 3
     assert model.head is model.local_decoder
-    assert {name.split(".")[0] + "." for name in model.state_dict()} > set(model.pixel_parts)
+    assert {name.split(".")[0] + "." for name in model.state_dict()} > set(PIXEL_PARTS)
 
 
 # --- Agreement -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ Shapes = dict[str, Shape]
 
 STACKS = ("noise_refiner", "context_refiner", "layers")
 HEAD = "local_decoder."
+PIXEL_PARTS = ("all_x_embedder.", HEAD)  # what a latent model has in no usable form: drawn anew from it
 BLOCKS_LIMIT = 1000  # in one stack; the published models have 30
 # Constructor arguments that no key or shape tells, and what each may be. A folder's config.json or our files' metadata
 # keep them.

@@ -96,8 +96,6 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     _skip_layerwise_casting_patterns = ["t_embedder", "cap_embedder", "norm"]
     # Small or sensitive linears: for `llm_int8_skip_modules` and the like. The head's convolutions are never quantized.
     quantization_skip_modules = ["t_embedder", "cap_embedder", "all_x_embedder", "adaLN_modulation"]
-    # What the latent model has in no usable form: an initialization from it draws these anew and copies all else.
-    pixel_parts = ("all_x_embedder.", "local_decoder.")
 
     @register_to_config
     def __init__(
