@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,3 +54,10 @@ def near_path(path: str) -> str:
     except (OSError, ValueError):
         near = []
     return f"; did you mean {wanted.parent / near[0]}?" if near else ""
+
+
+def regular(path: str | Path) -> str | Path:
+    """``path`` itself; OSError where it is a pipe or a device, which might never answer."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file")
+    return path

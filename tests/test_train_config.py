@@ -14,9 +14,10 @@ pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[
 from l2p_fast.errors import UserError
 from l2p_fast.models.zimage import build_empty
 from l2p_fast.sampling import flow
-from l2p_fast.train import main, schedule
+from l2p_fast.train import main
 from l2p_fast.training.config import Config, FreezeConfig, GridConfig, ObjectiveConfig, load_config
 from l2p_fast.training.freeze import freeze
+from l2p_fast.training.loop import schedule
 from l2p_fast.training.memory import expected
 from l2p_fast.training.objective import coarse_noise, draw_noise, draw_sigma, generator, losses, small_pictures
 

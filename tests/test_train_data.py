@@ -21,9 +21,9 @@ from l2p_fast.training.config import DataConfig, GridConfig, ObjectiveConfig
 from l2p_fast.training.data import (
     UNREADABLE,
     Features,
-    Picture,
     Stream,
-    list_pictures,
+    TrainingImage,
+    list_images,
     make_buckets,
     make_features,
     shapes_of,
@@ -81,7 +81,7 @@ def write_shards(folder, count=6):
 
 @pytest.mark.parametrize("write", [write_csv, write_imagefolder, write_shards])
 def test_layouts_hold_the_same(tmp_path, write):
-    pictures = list_pictures(DataConfig(path=str(write(tmp_path / "d"))))
+    pictures = list_images(DataConfig(path=str(write(tmp_path / "d"))))
     assert [p.prompt for p in pictures] == [f"p{i}" for i in range(6)]
     assert [p.seed for p in pictures][3:] == [3, 4, 5]
     for i, p in enumerate(pictures):
@@ -95,7 +95,7 @@ def test_a_shard_that_ends_early_is_named(tmp_path, length):
     """The first sample of the second shard takes 4 blocks of 512 bytes; then come a header, a picture, a header."""
     shard = write_shards(tmp_path / "d") / "1.tar"
     shard.write_bytes(shard.read_bytes()[:length])
-    pictures = list_pictures(DataConfig(path=str(tmp_path / "d")))
+    pictures = list_images(DataConfig(path=str(tmp_path / "d")))
     assert [p.prompt for p in pictures if p.prompt is not None] == ["p0", "p1", "p2", "p3"]
     lost = [p.name for p in pictures if p.prompt is None]
     assert f"{shard}:(the shard ends early)" in lost and set(lost[:-1]) <= {
@@ -113,14 +113,14 @@ def test_samples_that_lack_something_are_named_and_skipped(tmp_path):
         s = stream(tmp_path, max_bad_share=0.8, max_aspect=aspect)
         assert {tuple(sorted(s.next()[0].prompts)) for _ in range(4)} == {("p0", "p1")}
         assert [name.rpartition(":")[2] for name in s.learn(s.new_bad())] == [
-            "2 (no prompt)", "3 (no picture)", "4 (its prompt is damaged)", "5 (its prompt is damaged)",
+            "2 (no prompt)", "3 (no image)", "4 (its prompt is damaged)", "5 (its prompt is damaged)",
             "6 (its prompt is damaged)",
         ]  # fmt: skip
-    assert Features(tmp_path / "f").missing(p.prompt for p in s.pictures) == ["p0", "p1"]
-    with pytest.raises(UserError, match="5 of 7 pictures can't be read .*a.tar:2 "):
+    assert Features(tmp_path / "f").missing(p.prompt for p in s.images) == ["p0", "p1"]
+    with pytest.raises(UserError, match="5 of 7 images can't be read .*a.tar:2 "):
         stream(tmp_path)
     write_shard(tmp_path / "a.tar", {"0.txt": b"p0"})
-    with pytest.raises(UserError, match="none of the pictures"):
+    with pytest.raises(UserError, match="none of the images"):
         stream(tmp_path, max_bad_share=1.0)
 
 
@@ -130,7 +130,7 @@ def test_exif_turns_even_beside_a_damaged_tag(tmp_path):
     exif[0x0112], exif[0x0110] = 6, "camera"  # a quarter turn; the model, whose tag becomes one of numbers
     image = Image.fromarray(np.repeat(np.uint8([[[0] * 3], [[200] * 3]]), 16, axis=0).repeat(32, axis=1))
     image.save(tmp_path / "a.jpg", exif=exif.tobytes().replace(b"\x01\x10", b"\x01\x00"))
-    pixels = Picture(str(tmp_path / "a.jpg"), "").load(32, 32)
+    pixels = TrainingImage(str(tmp_path / "a.jpg"), "").load(32, 32)
     assert pixels[..., 0].mean() > 0.5 and pixels[..., -1].mean() < -0.9  # the lower half is the left one now
 
 
@@ -142,33 +142,33 @@ def test_large_pictures_are_no_bombs(tmp_path, monkeypatch, recwarn, side, reada
     header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
     (tmp_path / "a.png").write_bytes(header + png(picture(0))[33:])
     if readable:
-        assert Picture(str(tmp_path / "a.png"), "").open().size == (side, side)
+        assert TrainingImage(str(tmp_path / "a.png"), "").open().size == (side, side)
     else:
         with pytest.raises(UNREADABLE):
-            Picture(str(tmp_path / "a.png"), "").open()
+            TrainingImage(str(tmp_path / "a.png"), "").open()
     assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
 
 
 def test_wrong_data(tmp_path):
     with pytest.raises(UserError, match="no training data"):
-        list_pictures(DataConfig())
+        list_images(DataConfig())
     with pytest.raises(UserError, match="holds no metadata.csv"):
-        list_pictures(DataConfig(path=str(tmp_path)))
+        list_images(DataConfig(path=str(tmp_path)))
     (tmp_path / "metadata.csv").write_text("image,seed\na.png,1\n")
-    with pytest.raises(UserError, match="picture 1: wanted image"):
-        list_pictures(DataConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match="image 1: wanted image"):
+        list_images(DataConfig(path=str(tmp_path)))
     for seed in ("often", "inf", 2**64, -(2**63) - 1):
         (tmp_path / "metadata.csv").write_text(f"image,prompt,seed\na.png,x,1\nb.png,x,{seed}\n")
-        with pytest.raises(UserError, match=r"metadata.csv, picture 2: seed must be a whole number of 64 bits, got "):
-            list_pictures(DataConfig(path=str(tmp_path)))
+        with pytest.raises(UserError, match=r"metadata.csv, image 2: seed must be a whole number of 64 bits, got "):
+            list_images(DataConfig(path=str(tmp_path)))
     (tmp_path / "metadata.csv").write_text("image,prompt,seed\n")
-    with pytest.raises(UserError, match="names no pictures"):
-        list_pictures(DataConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match="names no images"):
+        list_images(DataConfig(path=str(tmp_path)))
     good = '{"file_name": "a.png", "text": "x", "seed": %s}\n'
     for line in ("[1]", "3", "null", '"text"', "{", '{"file_name": 1, "text": "x"}', good % "Infinity", good % 2**64):
         (tmp_path / "metadata.jsonl").write_text(good % 1 + "\n" + line)
-        with pytest.raises(UserError, match="metadata.jsonl, picture 2: "):
-            list_pictures(DataConfig(path=str(tmp_path), layout="imagefolder"))
+        with pytest.raises(UserError, match="metadata.jsonl, image 2: "):
+            list_images(DataConfig(path=str(tmp_path), layout="imagefolder"))
 
 
 def test_shapes_of_a_token_count():
@@ -183,7 +183,7 @@ def test_shapes_of_a_token_count():
 
 def stream(folder, batch=2, world=1, rank=0, accumulation=1, **config):
     config = DataConfig(path=str(folder), workers=1, **{"grids": [GridConfig(tokens=4, batch=batch)], **config})
-    pictures, bad = list_pictures(config), set()
+    pictures, bad = list_images(config), set()
     buckets = make_buckets(pictures, config, 1, bad, 1)
     return Stream(pictures, buckets, config, ObjectiveConfig(), 16, 0, rank, world, accumulation, bad)
 
@@ -239,7 +239,7 @@ def test_unreadable_pictures_are_named_and_skipped(tmp_path):
     assert len(prompts) == 10 and not {"p3", "p5"} & set(prompts)
     assert s.learn(s.new_bad()) == [str(folder / "3.png"), str(folder / "5.png")] and s.new_bad() == set()
     strict = stream(folder, max_bad_share=0.1)
-    with pytest.raises(UserError, match="2 of 10 pictures can't be read .*3.png"):
+    with pytest.raises(UserError, match="2 of 10 images can't be read .*3.png"):
         for _ in range(5):
             strict.next()
     s = stream(folder, max_bad_share=0.2, max_aspect=1.5)  # found when the buckets are made
@@ -255,7 +255,7 @@ def test_processes_judge_unreadable_pictures_together(tmp_path):
         for _ in range(10):
             rank.next()  # none fails alone
     for rank in ranks:
-        with pytest.raises(UserError, match="3 of 10 pictures can't be read"):
+        with pytest.raises(UserError, match="3 of 10 images can't be read"):
             rank.learn(ranks[0].new_bad() | ranks[1].new_bad())
 
 

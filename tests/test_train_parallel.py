@@ -22,6 +22,7 @@ from l2p_fast.training.config import OptimConfig
 from l2p_fast.training.monitor import read_log
 from l2p_fast.training.optim import AdamW
 from l2p_fast.training.parallel import local
+from l2p_fast.training.shards import Shards
 
 torch.set_num_threads(1)
 KINDS = [("adamw", 1e-5), ("adamw8bit", 1e-3)]
@@ -62,7 +63,7 @@ def test_saved_on_some_processes_resumed_on_others(tmp_path, kind, tolerance, fi
             main([str(config), *settings, f"steps={steps}"])
         else:
             run_ranks(2, [config, *settings, f"steps={steps}"], tmp_path / "log")
-    assert checkpoints.read_state(checkpoints.complete(tmp_path / "changed")[-1])["world"] == 3 - first
+    assert checkpoints.read_state(checkpoints.complete(tmp_path / "changed")[-1])[0].world == 3 - first
     close(tmp_path / "whole", tmp_path / "changed", tolerance)
     for name in ("trained", "trained-ema"):
         ours, theirs = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("changed", "whole"))
@@ -80,10 +81,16 @@ def test_states_move_between_processes_bit_for_bit(tmp_path):
     settings = ["optim.kind=adamw8bit", "save_every=100", f"run={tmp_path / 'run'}"]
     run_ranks(2, [config, *settings, "steps=3"], tmp_path / "log")
     [place] = checkpoints.complete(tmp_path / "run")
-    held = checkpoints.Reader(place).index()
-    eight = [name for name in held if name.endswith(".m_scale")]
-    assert eight and all(held[n.removesuffix("_scale")].properties.dtype == torch.uint8 for n in eight)
-    assert all(len(held[name].chunks) == 2 for name in eight)  # both wrote their rows
+    held = Shards(place, ["rank-00000.safetensors", "rank-00001.safetensors"])
+    eight = [name for name in held.shapes if name.endswith(".m_scale")]
+    assert eight and all(held.dtypes[name.removesuffix("_scale")] == torch.uint8 for name in eight)
+    assert all(len(held.parts[name]) == 2 for name in eight)  # both wrote their rows
+    written = {name: torch.cat(list(held.chunks(name))) for name in held.shapes}
+    main([str(config), *settings, "steps=3", f"--resume={place}", f"run={tmp_path / 'one'}"])
+    [copy] = checkpoints.complete(tmp_path / "one")
+    alone = Shards(copy, ["rank-00000.safetensors"])
+    assert alone.shapes == held.shapes
+    assert all(torch.equal(torch.cat(list(alone.chunks(name))), value) for name, value in written.items())
 
 
 @pytest.mark.parametrize(("weights", "bits"), [("bfloat16", 8), ("float32", 4)])
@@ -107,7 +114,7 @@ def test_unreadable_pictures_count_once(tmp_path, missing, code):
     run_ranks(2, [config, "data.max_bad_share=0.2", "steps=10", f"run={tmp_path / 'run'}"], tmp_path / "log", code)
     said = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
     if code:
-        assert all("error: 3 of 10 pictures can't be read" in text for text in said)
+        assert all("error: 3 of 10 images can't be read" in text for text in said)
     else:
         assert [text.count(f"{number}.png") for text in said for number in range(missing)] == [1, 1, 0, 0]
         assert read_log(tmp_path / "run")[-1]["bad_images"] == missing

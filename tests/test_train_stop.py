@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -19,12 +19,13 @@ pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[
 
 from tiny_training import CONTEXT, child, curve, make_world, start, tiny_model, world_in
 
-from l2p_fast import train
 from l2p_fast.errors import UserError
-from l2p_fast.training import monitor
+from l2p_fast.training import loop, monitor, shards
 from l2p_fast.training import state as checkpoints
 from l2p_fast.training.config import load_config
 from l2p_fast.training.monitor import read_log
+from l2p_fast.training.parallel import Workers
+from l2p_fast.training.run import RunFolder
 
 torch.set_num_threads(1)
 
@@ -121,7 +122,7 @@ def test_sigterm_saves_and_ends_well(tmp_path, drawing):
     process.join(30)
     assert process.exitcode == 0, (tmp_path / "log").read_text()
     [place] = checkpoints.complete(tmp_path / "run")
-    assert checkpoints.read_state(place)["step"] == len(read_log(tmp_path / "run"))
+    assert checkpoints.read_state(place)[0].step == len(read_log(tmp_path / "run"))
     assert "stopped by a signal" in (tmp_path / "log").read_text()
     assert not drawing or len(read_log(tmp_path / "run")) == 3
 
@@ -144,9 +145,19 @@ def test_a_full_disk(world):
     process.join(100)
     said = (folder / "log").read_text()
     assert process.exitcode == 2 and said.count("error:") == 1 and "Traceback" not in said, said
-    assert "can't write the checkpoint" in said and "earlier checkpoints are whole" in said
+    assert "can't write the checkpoint" in said and "step-00000002 is kept; make room and start again" in said
     [place] = checkpoints.complete(folder / "run")
     assert place.name == "step-00000002" and list(place.parent.iterdir()) == [place]
+    assert run("steps=4") == 0
+
+
+def test_no_space_left_for_a_checkpoint(world, monkeypatch):
+    run, folder = world
+    run("steps=2")
+    monkeypatch.setattr(shards, "open", lambda path, mode: open("/dev/full", mode), raising=False)
+    with pytest.raises(UserError, match="checkpoint .*step-00000004: No space left on device; .*00000002 is kept"):
+        run("steps=4")
+    monkeypatch.undo()
     assert run("steps=4") == 0
 
 
@@ -154,7 +165,7 @@ def test_a_full_disk_under_the_log(world, monkeypatch):
     run, folder = world
     run("steps=2")
     monkeypatch.setattr(monitor, "open", lambda *_: open("/dev/full", "w"), raising=False)
-    with pytest.raises(UserError, match="/dev/full: No space left on device; earlier checkpoints are whole"):
+    with pytest.raises(UserError, match="/dev/full: No space left on device; .*step-00000002 is kept"):
         run("steps=4")
     monkeypatch.undo()
     assert run("steps=4") == 0 and len(curve(folder / "run")) == 4
@@ -170,30 +181,69 @@ def test_an_unwritable_folder(world):
 def test_a_loss_that_is_not_finite(world, monkeypatch):
     run, folder = world
     run("steps=2", "save_every=2")
-    real, calls = train.losses, []
+    real, calls = loop.losses, []
 
     def sometimes(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) in (1, 3, 4) else 1.0)
 
-    monkeypatch.setattr(train, "losses", sometimes)
+    monkeypatch.setattr(loop, "losses", sometimes)
     with pytest.raises(UserError, match="step 6: .* not finite 2 steps in a row"):
         run("steps=20", "save_every=2", "optim.max_skipped=2")
     steps = [path.name for path in checkpoints.complete(folder / "run")]
     assert steps == ["step-00000002", "step-00000004"]
-    state = checkpoints.read_state(checkpoints.complete(folder / "run")[-1])
-    assert (state["step"], state["updates"], state["skipped"], state["skipped_in_row"]) == (4, 3, 1, 0)
+    state, _ = checkpoints.read_state(checkpoints.complete(folder / "run")[-1])
+    assert (state.step, state.updates, state.skipped, state.skipped_in_row) == (4, 3, 1, 0)
+
+
+def broken(model, *_):
+    return model.local_decoder.out_conv.bias[:2] * float("inf")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_is_not_finite_is_not_saved(world, monkeypatch, fused):
+    """Whatever comes after step 4: its checkpoint stays the last, and no good one makes room."""
+    run, folder = world
+    run("steps=4", "save_every=2", f"optim.fused={fused}")
+    before = sorted((p, p.stat().st_mtime_ns) for p in (folder / "run/checkpoints").rglob("*"))
+    monkeypatch.setattr(loop, "losses", broken)
+    with pytest.raises(UserError, match="not finite 7 steps in a row; the last good checkpoint is .*step-00000004;"):
+        run("steps=50", "save_every=2", "optim.max_skipped=7", f"optim.fused={fused}")
+    assert run("steps=9", "save_every=2", "optim.max_skipped=7", f"optim.fused={fused}") == 0
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (folder / "run/checkpoints").rglob("*"))
+    monkeypatch.undo()
+    assert run("steps=9", f"optim.fused={fused}") == 0
+    assert [step for step, *_ in curve(folder / "run")] == list(range(1, 10))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(world, monkeypatch):
     run, folder = world
-    monkeypatch.setattr(train, "losses", lambda model, *a: model.local_decoder.out_conv.bias[:2] * float("inf"))
-    with pytest.raises(UserError, match="not finite 10 steps in a row"):
-        run("steps=50")
+    real, calls = loop.losses, []
+    monkeypatch.setattr(loop, "losses", lambda *a: (broken if calls.append(1) or len(calls) < 3 else real)(*a) * 1e-30)
+    run("steps=3", "optim.weight_decay=0", "optim.eps=1")  # the third step's update is too small to be one
     held = checkpoints.TrainedTensors(checkpoints.complete(folder / "run")[-1])
     before = tiny_model().state_dict()
     for key in held.shapes:
         assert torch.equal(next(held.piece(key).chunks(torch.float32)), before[key])
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(world):
+    run, folder = world
+    run("steps=2")
+    with pytest.raises(
+        UserError, match=r"step 4: model\..* is not finite; the last good checkpoint is .*step-00000002"
+    ):
+        run("steps=4", "optim.lr=1e38", "save_every=4", "optim.max_skipped=9")
+    assert [p.name for p in checkpoints.complete(folder / "run")] == ["step-00000002"]
+    assert all(torch.isfinite(t).all() for t in load_file(folder / "run/trained.safetensors").values())
+
+
+def test_no_finite_step_at_all(world, monkeypatch):
+    run, folder = world
+    monkeypatch.setattr(loop, "losses", broken)
+    with pytest.raises(UserError, match="no step had a finite loss and gradient: nothing is saved"):
+        run("steps=4")
+    assert not (folder / "run/trained.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -214,16 +264,81 @@ def test_a_checkpoint_of_another_configuration(world, override, says):
     assert before == sorted((p, p.stat().st_mtime_ns) for p in (folder / "run/checkpoints").rglob("*"))
 
 
-def test_a_damaged_checkpoint(world):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(world, capsys):
+    run, folder = world
+    run("steps=6")
+    whole = curve(folder / "run")
+    last = checkpoints.complete(folder / "run")[-1]
+    shard = last / "rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="step-00000006 is damaged: the checksum of rank-00000.safetensors is another"):
+        run("steps=6", f"--resume={last}")
+    assert run("steps=6") == 0
+    said = capsys.readouterr().out
+    assert "step-00000006 is damaged" in said and "step-00000004 is used" in said
+    assert curve(folder / "run") == whole and checkpoints.complete(folder / "run")[-1] == last
+    assert (folder / "run/checkpoints/step-00000006.damaged-1").is_dir()
+
+
+def test_no_checkpoint_is_whole(world):
     run, folder = world
     run("steps=2")
     [place] = checkpoints.complete(folder / "run")
-    for content in (b"nothing", pickle.dumps(os.getcwd)):
-        (place / ".metadata").write_bytes(content)
-        with pytest.raises(UserError, match="is damaged"):
-            run("steps=4")
+    (place / checkpoints.STATE).write_text("{}")
+    with pytest.raises(UserError, match="no 'sha256'.*; no other checkpoint of .* is whole"):
+        run("steps=4")
+    assert checkpoints.complete(folder / "run") == [place]
     with pytest.raises(UserError, match="no complete checkpoint"):
-        run("steps=4", f"--resume={folder}")
+        run("steps=4", f"--resume={folder / 'run/checkpoints'}")
+
+
+def test_other_names_are_no_checkpoints(world):
+    run, folder = world
+    run("steps=2")
+    [place] = checkpoints.complete(folder / "run")
+    for name in ("step-99999999x", "step-1", "step-00000009.bak", "step-best", "my-step-00000009"):
+        shutil.copytree(place, place.with_name(name))
+    (place.parent / "step-00000008").mkdir()
+    assert checkpoints.complete(folder / "run") == [place]
+    assert run("steps=6", "keep=1") == 0
+    assert len(list(place.parent.iterdir())) == 7
+
+
+def test_one_run_at_a_time(world):
+    run, folder = world
+    with RunFolder(str(folder / "run"), Workers(0, 1, torch.device("cpu"))):
+        with pytest.raises(UserError, match=f"another run .process {os.getpid()} on .* is in .*/run; wait for its end"):
+            run("steps=2")
+    assert run("steps=2") == 0  # the lock file itself holds nobody up
+
+
+def test_a_folder_that_vanishes(world, monkeypatch):
+    run, folder = world
+    real = loop.losses
+
+    def moving(*args):
+        if (folder / "run").exists():
+            (folder / "run").rename(folder / "away")
+        return real(*args)
+
+    monkeypatch.setattr(loop, "losses", moving)
+    with pytest.raises(UserError, match="run's folder .*/run was removed or moved"):
+        run("steps=4")
+    assert not (folder / "run").exists()
+
+
+def test_a_damaged_line_is_lost_alone(world):
+    run, folder = world
+    run("steps=5")
+    log = folder / "run/log.jsonl"
+    lines = log.read_bytes().splitlines()
+    lines[1], lines[2], lines[3] = b"\xff{", b"[" * 100_000, lines[3].replace(b'"step"', b'"leap"')
+    log.write_bytes(b"\n".join(lines))
+    assert [line["step"] for line in read_log(folder / "run")] == [1, 5]
+    run("steps=6")
+    assert [line["step"] for line in read_log(folder / "run")] == [1, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -264,5 +379,5 @@ def test_state_is_plain_json(world):
     run("steps=2")
     [place] = checkpoints.complete(folder / "run")
     state = json.loads((place / checkpoints.STATE).read_text())
-    assert state["data"]["step"] == 2
+    assert state["run"]["data"]["step"] == 2
     assert load_config(folder / "run" / "config.yaml").steps == 2

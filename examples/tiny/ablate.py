@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from l2p_fast import train
 from l2p_fast.errors import UserError
 from l2p_fast.files import atomic_path
 from l2p_fast.models.text import encode_prompts
 from l2p_fast.sampling import flow
 from l2p_fast.sampling.pipeline import L2PPipeline
+from l2p_fast.training import loop
 from l2p_fast.training.config import Config, DataConfig, FreezeConfig
-from l2p_fast.training.data import list_pictures
+from l2p_fast.training.data import list_images
 from l2p_fast.training.parallel import start
 
 from .corpus import draw_corpus, write_table
@@ -100,7 +100,7 @@ def plan(folder: Path, other: Path | None, n_layers: int) -> list[Run]:
 
 def _rows(data: Path) -> list[tuple[str, str, int | None]]:
     """(absolute path, prompt, seed) of each picture of a folder or a table in the published layout."""
-    pictures = list_pictures(DataConfig(path=str(data), layout="csv"))
+    pictures = list_images(DataConfig(path=str(data), layout="csv"))
     return [(str(Path(picture.file).resolve()), picture.prompt, picture.seed) for picture in pictures]
 
 
@@ -160,7 +160,7 @@ def run(folder: Path, device: torch.device, steps: int, per_task: int, other: Pa
         if not pipeline.exists():
             workers = start(config)
             try:
-                if not train.train(config, workers):
+                if not loop.train(config, workers):
                     return
             finally:
                 workers.close()

@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from l2p_fast import train
 from l2p_fast.errors import UserError
 from l2p_fast.files import atomic_path
 from l2p_fast.models.blocks import Rope
 from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.sampling import flow
 from l2p_fast.sampling.pipeline import L2PPipeline, make_scheduler
+from l2p_fast.training import loop
 from l2p_fast.training.config import (
     Config,
     DataConfig,
@@ -46,7 +46,7 @@ from l2p_fast.training.config import (
     ObjectiveConfig,
     OptimConfig,
 )
-from l2p_fast.training.data import list_pictures
+from l2p_fast.training.data import list_images
 from l2p_fast.training.parallel import start
 
 from .corpus import draw_corpus, load_source
@@ -187,7 +187,7 @@ def prepare(folder: Path, patch_size: int, device: torch.device) -> None:
             source = load_source(folder, device).transformer.float()
         else:
             coarser = L2PTransformer2DModel.from_pretrained(folder / "l2p-16" / "transformer", dtype=torch.float32)
-            pictures = [np.asarray(Image.open(picture.file)) for picture in list_pictures(DataConfig(str(corpus)))]
+            pictures = [np.asarray(Image.open(picture.file)) for picture in list_images(DataConfig(str(corpus)))]
             stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device)
             source = follow(coarser.to(device), patch_size // 16, stack, SHIFTS[patch_size], FOLLOW_STEPS).cpu()
         with atomic_path(base) as temporary:
@@ -207,7 +207,7 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
     config.device = str(device)
     workers = start(config)
     try:
-        finished = train.train(config, workers)
+        finished = loop.train(config, workers)
     finally:
         workers.close()
     if finished:

@@ -1,4 +1,4 @@
-"""What a run shows: a JSON line a step, TensorBoard or W&B, a progress bar, sample sheets. The first process alone."""
+"""What a run shows: a JSON line a step, TensorBoard or W&B, a progress bar. The first process alone."""
 
 from __future__ import annotations
 
@@ -8,41 +8,46 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import atomic_path
-from ..sampling import flow
-from ..sampling.pixels import pixels_to_images
-from .build import autocast
 from .config import Config, as_dict
-from .data import Features
-from .objective import SIGMA_BUCKETS, generator
+from .objective import SIGMA_BUCKETS
 from .parallel import Workers
 
 LOG = "log.jsonl"
+NUMBERS = ("loss", "grad_norm", "seconds", "images_per_second")  # of each line
 BOARD_PIXELS = 4096  # longer side of a sheet on TensorBoard or W&B
 
 
-def read_log(folder: Path, until: int | None = None) -> list[dict]:
-    """The lines of a run's log up to a step; what a killed run half wrote is left out."""
+def read_log(folder: str | Path, until: int | None = None) -> list[dict]:
+    """The lines of a run's log up to a step; a damaged one, such as a killed run half wrote, is left out."""
     lines = []
     path = Path(folder) / LOG
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:
-            break
-        if until is None or line["step"] <= until:
+        except (ValueError, RecursionError):
+            continue
+        if _is_whole(line) and (until is None or line["step"] <= until):
             lines.append(line)
     return lines
+
+
+def _is_whole(line: object) -> bool:
+    """Whether ``line`` has what is read of it: numbers, and the losses by noise level."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return False
+    levels = line.get("loss_by_sigma")
+    values = [line.get(key) for key in NUMBERS] + list(levels.values() if isinstance(levels, dict) else [None])
+    return all(type(value) in (int, float) for value in values)
 
 
 class Monitor:
@@ -53,7 +58,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, config: Config, done: int, workers: Workers):
-        self.first, self.device, self.total = workers.first, workers.device, config.steps
+        self.first, self.device, self.folder = workers.first, workers.device, folder
         self.log = self.board = self.bar = None
         self.smooth = math.nan
         if not self.first:
@@ -132,7 +137,7 @@ class Monitor:
             elif self.board is not None:
                 self.board.log(numbers, step=step)
         except OSError as error:
-            raise UserError(f"can't write {self.log.name}: {error.strerror}; earlier checkpoints are whole") from error
+            raise UserError(f"can't write {self.log.name}: {error.strerror or error}") from error
         if math.isfinite(loss):
             self.smooth = loss if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.bar.update(1)
@@ -141,7 +146,9 @@ class Monitor:
         )
 
     def show(self, step: int, sheet: Image.Image) -> None:
-        """Put a sample sheet on the board, made smaller: `sheet` itself is changed."""
+        """Keep a sample sheet, and put it on the board, made smaller: `sheet` itself is changed."""
+        with atomic_path(self.folder / "samples" / f"step-{step:08d}.png") as temporary:
+            sheet.save(temporary)
         sheet.thumbnail((BOARD_PIXELS, BOARD_PIXELS))
         if hasattr(self.board, "add_image"):
             self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
@@ -166,35 +173,3 @@ def free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-@torch.no_grad()
-def sample_sheet(
-    model: nn.Module, features: Features, config: Config, workers: Workers, stopping: Callable[[], bool]
-) -> Image.Image | None:
-    """Draw ``log.prompts`` side by side, each with the same noise at every call. All processes take part.
-
-    Returns None where this is not the first process, and when ``stopping`` said so, on all of them at once.
-    """
-    log, shift, pictures = config.log, config.objective.shift, []
-    for number, prompt in enumerate(log.prompts):
-        x = torch.randn((1, 3, log.height, log.width), generator=generator("sample", number)).to(workers.device)
-        levels = flow.sigmas(log.sample_steps, shift).tolist()
-        texts = [features[text].to(workers.device) for text in (prompt, "")]
-        for sigma, after in zip(levels[:-1], levels[1:], strict=True):
-            if stopping():
-                break
-            with autocast(config, workers.device):
-                t = torch.full((1,), 1 - sigma, device=workers.device)
-                v_pos, v_neg = (flow.velocity(model(x, t, [text]).float()) for text in texts)
-            x = flow.euler_step(x, flow.guide(v_pos, v_neg, log.guidance), sigma, after)
-        else:
-            pictures += pixels_to_images(x.cpu(), "pil")
-    if config.parallel.fsdp:
-        model.reshard()
-    if not workers.first or len(pictures) < len(log.prompts):
-        return None
-    sheet = Image.new("RGB", (log.width * len(pictures), log.height))
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (number * log.width, 0))
-    return sheet

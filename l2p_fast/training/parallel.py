@@ -158,6 +158,18 @@ def shard_index(parameter: Tensor) -> int:
     return parameter.device_mesh.get_local_rank("shard") if isinstance(parameter, DTensor) else 0
 
 
+def held_rows(tensor: Tensor, every_copy: bool = False) -> tuple[int, int]:
+    """(first row, how many) of what this process holds of ``tensor``; of several copies the first alone has rows,
+    unless ``every_copy``. FSDP gives out rows as `torch.chunk` does."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0] if every_copy or not dist.is_initialized() or dist.get_rank() == 0 else 0
+    mesh = tensor.device_mesh
+    if mesh.ndim == 2 and mesh.get_local_rank("replicate") and not every_copy:
+        return 0, 0
+    each = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
+    return min(shard_index(tensor) * each, tensor.shape[0]), local(tensor).shape[0]
+
+
 def load_sharded(model: nn.Module, read: Callable[[str], Tensor], workers: Workers) -> None:
     """Give the meta parameters of a sharded ``model`` memory and the values that the first process reads."""
     unread = {name for name, p in model.named_parameters() if p.is_meta}

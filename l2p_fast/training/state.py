@@ -1,38 +1,83 @@
 """What a run keeps, so that it goes on as if it had never stopped.
 
-    run/checkpoints/step-00000500/   state.json (plain values) and the tensors, PyTorch's distributed checkpoint
+    run/checkpoints/step-00000500/   state.json: plain values and checksums; the tensors (`shards`)
 
-Each process writes its shards; any number of processes can read them. A checkpoint is written beside its place and
-renamed when it is complete and on disk, so what bears its name is whole. PyTorch keeps its index as a pickle: that is
-read here, by a reader that knows nothing but such an index.
+Nothing but JSON and safetensors, so reading one can't run code. A checkpoint is written beside its place and renamed
+when it is complete and on disk, so what bears its name was whole; the checksums show what happened to it since.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import hashlib
 import json
 import os
-import pickle
+import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from ..errors import UserError
+from ..files import regular
 from ..formats.header import Stored
+from ..formats.values import is_finite
 from ..formats.write import Piece
-from .parallel import Workers
+from .parallel import DTYPES, Workers
+from .shards import FILE, Damaged, Shards, digest_of, write
 
 STATE = "state.json"
-INDEX = ".metadata"
+MAX_STATE = 1 << 28  # bytes of state.json, which names every unreadable image
+NAME = re.compile(r"step-\d{8}")  # of a checkpoint; nothing else in its folder is one
 MODEL, OPTIM, EMA = "model.", "optim.", "ema."
-_FAILED = (OSError, RuntimeError, CheckpointException)
+
+
+@dataclass
+class RunState:
+    """Where a run stands: all that is no tensor."""
+
+    step: int = 0  # steps done, those skipped as non-finite included
+    updates: int = 0  # of the weights
+    skipped: int = 0
+    skipped_in_row: int = 0
+    seconds: float = 0.0  # of training
+    world: int = 1  # processes
+    rng: str = ""  # PyTorch's own generator, in hexadecimal digits
+    data: dict[str, Any] = field(default_factory=dict)  # of the stream
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> RunState:
+        """Raises ValueError for what `to_json` didn't write."""
+        wanted = {f.name: type(getattr(cls(), f.name)) for f in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or values.keys() != wanted.keys():
+            raise ValueError("the values of the run are not the expected ones")
+        for name, kind in wanted.items():
+            value = values[name]
+            if type(value) is not kind or kind in (int, float) and not 0 <= value < 2**53:
+                raise ValueError(f"{name} is not a {kind.__name__} from 0 on")
+        cursors, bad = values["data"].get("cursors"), values["data"].get("bad")
+        if type(values["data"].get("step")) is not int or not (
+            isinstance(cursors, list) and all(type(n) is int and n >= 0 for n in cursors)
+            and isinstance(bad, list) and all(isinstance(name, str) for name in bad)
+        ):  # fmt: skip
+            raise ValueError("the state of the data is not the expected one")
+        if len(bytes.fromhex(values["rng"])) != torch.get_rng_state().numel():
+            raise ValueError("the state of the random generator is not the expected one")
+        return cls(**values)
+
+    def take_rng(self) -> None:
+        self.rng = bytes(torch.get_rng_state().tolist()).hex()
+
+    def give_rng(self) -> None:
+        torch.set_rng_state(torch.tensor(list(bytes.fromhex(self.rng)), dtype=torch.uint8))
 
 
 def folder_of(run: str | Path) -> Path:
@@ -41,32 +86,34 @@ def folder_of(run: str | Path) -> Path:
 
 def complete(run: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder_of(run).glob("step-*") if (path / STATE).exists())
+    folder = folder_of(run)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if NAME.fullmatch(path.name) and (path / STATE).is_file())
 
 
-def save(run: str | Path, tensors: dict[str, Tensor], state: Mapping[str, Any], keep: int, workers: Workers) -> Path:
-    """Write a checkpoint of ``state["step"]`` and remove all but the last ``keep``.
+def save(run: str | Path, tensors: dict[str, Tensor], state: RunState, keep: int, workers: Workers) -> Path:
+    """Write a checkpoint of ``state.step`` and remove all but the last ``keep``.
 
     Raises:
         UserError: it can't be written; what was there before is untouched.
     """
-    place = folder_of(run) / f"step-{state['step']:08d}"
+    place = folder_of(run) / f"step-{state.step:08d}"
     partial = place.with_name(f".{place.name}.partial")
+    mine = f"rank-{workers.rank:05d}.safetensors"
+    digests: dict[str, str] = {}
 
     def prepare() -> None:
         if workers.first:
-            for old in place.parent.glob(".step-*"):  # left by a killed run
+            for old in place.parent.glob(".step-*.partial"):  # left by a killed run
                 shutil.rmtree(old)
-            partial.mkdir(parents=True)
-
-    def write() -> None:
-        with _quiet():
-            dcp.save(tensors, checkpoint_id=partial, no_dist=workers.world == 1)
+            place.parent.mkdir(exist_ok=True)  # the run's folder itself is there, or gone for a reason
+            partial.mkdir()
 
     def publish() -> None:
         if workers.first:
+            content = {"run": state.to_json(), "files": digests}
             with open(partial / STATE, "w") as file:
-                json.dump(state, file)
+                json.dump(content | {"sha256": _digest(content)}, file)
                 file.flush()
                 os.fsync(file.fileno())
             _sync(partial)
@@ -75,19 +122,22 @@ def save(run: str | Path, tensors: dict[str, Tensor], state: Mapping[str, Any], 
             os.replace(partial, place)
             _sync(place.parent)
 
-    for work in (prepare, write, publish):
+    def write_shards() -> None:
+        if digest := write(partial / mine, tensors):
+            digests[mine] = digest
+
+    for work in (prepare, write_shards, publish):
         failure = None
         try:
             work()
-        except _FAILED as error:
-            failure = _reason(error)
+        except (OSError, RuntimeError) as error:
+            failure = error
         if workers.sum([failure is not None])[0]:  # all stop together
             if workers.first:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"can't write the checkpoint {place}: {failure or 'another process failed'}; "
-                "make room or choose another run folder, and start again: earlier checkpoints are whole"
-            )
+            reason = getattr(failure, "strerror", None) or failure or "another process failed"
+            raise UserError(f"can't write the checkpoint {place}: {reason}") from failure
+        digests = dict(sorted(workers.union(set(digests.items()))))
     if workers.first:
         for old in complete(run)[:-keep]:
             gone = old.with_name(f".{old.name}.partial")  # so that no half-removed one bears the name
@@ -96,117 +146,118 @@ def save(run: str | Path, tensors: dict[str, Tensor], state: Mapping[str, Any], 
     return place
 
 
-def read_state(path: str | Path) -> dict[str, Any]:
-    """The plain values of a checkpoint.
+def read_state(path: str | Path) -> tuple[RunState, dict[str, str]]:
+    """The plain values of a checkpoint, and the checksums of its files.
 
     Raises:
-        UserError: it is none.
+        Damaged: it has none, or they were changed.
     """
+    place = Path(path) / STATE
     try:
-        return json.loads((Path(path) / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no complete checkpoint ({error}); name another, or --resume none") from error
+        with open(regular(place), "rb") as file:
+            text = file.read(MAX_STATE)
+        content = json.loads(text)
+        digest, files = content.pop("sha256"), content["files"]
+        if digest != _digest(content):
+            raise ValueError("its checksum is another")
+        if not files or not all(FILE.fullmatch(name) and isinstance(value, str) for name, value in files.items()):
+            raise ValueError("it names other files than a checkpoint's")
+        return RunState.from_json(content["run"]), files
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        raise Damaged(f"{path} is no complete checkpoint ({STATE}: {reason})") from error
 
 
-def load(path: str | Path, tensors: dict[str, Tensor], workers: Workers) -> None:
+def check(path: str | Path, workers: Workers) -> RunState:
+    """The plain values of a checkpoint whose files are all as they were written; all processes take part.
+
+    Raises:
+        Damaged: on all of them, if they are not.
+    """
+    failure = state = None
+    try:
+        state, files = read_state(path)
+        for name in list(files)[workers.rank :: workers.world]:
+            if digest_of(regular(Path(path) / name)) != files[name]:
+                raise Damaged(f"{path} is damaged: the checksum of {name} is another")
+        Shards(Path(path), list(files))
+    except Damaged as error:
+        failure = str(error)
+    except OSError as error:
+        failure = f"{path} is damaged: {error}"
+    failures = workers.union(set() if failure is None else {failure})
+    if failures:
+        raise Damaged(min(failures))
+    return state
+
+
+def load(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Read the tensors of a checkpoint in place, whatever number of processes wrote them.
 
     Raises:
         UserError: it lacks some, has them in other shapes, or is damaged.
     """
-    reader = Reader(path)
-    held = reader.index()
+    held = Shards(Path(path), list(read_state(path)[1]))
     for name, tensor in tensors.items():
-        if name not in held:
+        if name not in held.shapes:
             raise UserError(f"the checkpoint {path} has no {name}; it is of another configuration")
-        if tuple(held[name].size) != tuple(tensor.shape):
+        theirs, ours = ((tuple(x[0]), x[1]) for x in ((held.shapes[name], held.dtypes[name]),
+                                                      (tensor.shape, tensor.dtype)))  # fmt: skip
+        if theirs != ours:
             raise UserError(
-                f"the checkpoint {path} is of another model: {name} is {tuple(held[name].size)} there, "
-                f"{tuple(tensor.shape)} here"
+                f"the checkpoint {path} is of another model: {name} is {theirs[0]} of {theirs[1]} there, "
+                f"{ours[0]} of {ours[1]} here"
             )
-    reader.load(tensors, workers.world == 1)
-
-
-class _Index(pickle.Unpickler):
-    """Reads the index of a distributed checkpoint, and refuses what such an index doesn't hold."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = module.startswith(("torch.distributed.checkpoint.", "pathlib")) or (module, name) in (
-            ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-        )  # fmt: skip
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
-
-
-class Reader(dcp.FileSystemReader):
-    """Reads tensors of a checkpoint, any number of times, after its index, once.
-
-    Raises:
-        UserError: it is damaged, or made to run code.
-    """
-
-    def __init__(self, path: str | Path):
-        super().__init__(path)
-        try:
-            with open(Path(path) / INDEX, "rb") as file:
-                self._metadata: Metadata = _Index(file).load()
-        except Exception as error:  # a damaged pickle raises anything
-            raise UserError(f"the checkpoint {path} is damaged: {error}; remove it, and try again") from error
-        self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-    def index(self) -> dict[str, TensorStorageMetadata]:
-        """The tensors by name: shapes and dtypes."""
-        found = self._metadata.state_dict_metadata
-        return {name: value for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
-
-    def load(self, tensors: dict[str, Tensor], alone: bool) -> None:
-        """Fill ``tensors`` in place; ``alone``: this process by itself."""
-        try:
-            with _quiet():
-                dcp.load(tensors, storage_reader=self, no_dist=alone)
-        except _FAILED as error:
-            raise UserError(
-                f"the checkpoint {self.path} is damaged: {_reason(error)}; remove it, and try again"
-            ) from error
+    for name, tensor in tensors.items():
+        held.fill(name, tensor)
 
 
 class TrainedTensors:
-    """The trained weights of a checkpoint, for `l2p_fast.convert merge`: the part of `Checkpoint`'s face it uses."""
+    """The trained weights of a checkpoint, for `l2p_fast.convert merge`: the part of `Checkpoint`'s face it uses.
+
+    Raises:
+        UserError: the checkpoint is damaged, or has no averaged weights.
+    """
 
     config: dict[str, Any] = {}
 
     def __init__(self, path: str | Path, average: bool = False):
-        self.path, self._reader = Path(path), Reader(path)
-        self._index = self._reader.index()
+        self.path = Path(path)
+        check(path, Workers(0, 1, torch.device("cpu")))
+        self._held = Shards(self.path, list(read_state(path)[1]))
         self._prefix = EMA if average else MODEL
-        names = [name for name in self._index if name.startswith(self._prefix)]
+        names = [name for name in self._held.shapes if name.startswith(self._prefix)]
         if not names:
             raise UserError(f"{path} holds no average of the weights; it was trained without ema.decay")
-        self.shapes = {name.removeprefix(self._prefix): tuple(self._index[name].size) for name in names}
+        if any(self._held.dtypes[name] not in DTYPES.values() for name in names):
+            raise Damaged(f"{path} is damaged: its weights are not of a training's dtypes")
+        self.shapes = {name.removeprefix(self._prefix): self._held.shapes[name] for name in names}
         self.tensors = {key: Stored(self.path / STATE, key, "", shape, 0) for key, shape in self.shapes.items()}
 
     def kind(self) -> str:
         return "delta"
 
     def piece(self, key: str, dtype: torch.dtype | None = None) -> Piece:
+        """Raises UserError for values that aren't finite."""
         name = self._prefix + key
-        stored = self._index[name].properties.dtype
 
         def chunks(kind: torch.dtype) -> Iterator[Tensor]:
-            value = torch.empty(self.shapes[key], dtype=stored)
-            self._reader.load({name: value}, alone=True)
-            yield value.to(kind)
+            for chunk in self._held.chunks(name):
+                if not is_finite(chunk):
+                    raise UserError(f"{self.path}: {key} holds values that are not finite; take an earlier checkpoint")
+                yield chunk.to(kind)
 
-        return Piece(self.shapes[key], dtype or stored, chunks)
+        return Piece(self.shapes[key], dtype or self._held.dtypes[name], chunks)
 
 
 def is_training_checkpoint(path: str | Path) -> bool:
     """Whether ``path`` is a checkpoint's folder (a run's folder is none)."""
-    return (Path(path) / INDEX).exists()
+    return (Path(path) / STATE).is_file()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of plain values, in whatever order their keys stand."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(folder: Path) -> None:
@@ -216,22 +267,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(getattr(error, "strerror", None) or error).splitlines()[0] or type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without PyTorch's warning that one process writes alone: it does so on purpose."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no_dist.*|.*torch.distributed is.*")
-        yield
