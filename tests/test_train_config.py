@@ -19,7 +19,7 @@ from l2p_fast.training.config import Config, FreezeConfig, GridConfig, Objective
 from l2p_fast.training.freeze import freeze
 from l2p_fast.training.loop import schedule
 from l2p_fast.training.memory import expected
-from l2p_fast.training.objective import coarse_noise, draw_noise, draw_sigma, generator, losses, small_pictures
+from l2p_fast.training.objective import coarse_noise, draw_noise, draw_sigma, generator, losses, small_images
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -159,23 +159,23 @@ def test_head_on_windows_is_the_head_on_parts():
     torch.testing.assert_close(losses(model, x0, noise, sigma, texts, windows)[1], error)
 
 
-def test_small_pictures_inside_the_head():
+def test_small_images_inside_the_head():
     """Every level's first channels, the bottleneck's too, reach the loss; a banded level is left out."""
     model, x0, noise, sigma, texts = drawn_batch()
     head = model.local_decoder
-    with small_pictures(head) as found:
+    with small_images(head) as found:
         model(x0, sigma, texts)
     assert sorted(p.shape for p in found) == [(2, 3, 32 >> k, 64 >> k) for k in range(len(head.levels), 0, -1)]
     plain, more = losses(model, x0, noise, sigma, texts), losses(model, x0, noise, sigma, texts, pyramid=2.0)
     x = flow.add_noise(x0, noise, sigma)
-    with small_pictures(head) as found:
+    with small_images(head) as found:
         model(x, 1 - sigma, texts)
     extra = sum((p - F.interpolate(x0, p.shape[-2:], mode="area")).square().mean(dim=(1, 2, 3)) for p in found)
     torch.testing.assert_close(more, plain + 2 * extra)
     more.mean().backward()
     assert all(p.grad is not None for p in head.parameters())
     head.band_rows = 16
-    with small_pictures(head) as found:
+    with small_images(head) as found:
         model(x0, sigma, texts)
     assert sorted(p.shape[2] for p in found) == [32 >> k for k in range(len(head.levels), head.table_banded - 1, -1)]
     assert not head.dec2[0]._forward_hooks

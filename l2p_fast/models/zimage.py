@@ -186,6 +186,11 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
             for i, block in enumerate(getattr(self, stack)):
                 yield f"{stack}.{i}", block
 
+    def block_tokens(self, image: int, text: int) -> list[int]:
+        """How many tokens each of `blocks` sees of ``image`` and ``text`` tokens."""
+        stacks = (self.noise_refiner, image), (self.context_refiner, text), (self.layers, image + text)
+        return [count for stack, count in stacks for _ in stack]
+
     @property
     def modulated_blocks(self) -> list[TransformerBlock]:
         """The blocks that the timestep modulates, in the order of `Conditioning.modulations`."""

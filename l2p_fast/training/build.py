@@ -17,8 +17,6 @@ from .config import Config
 from .freeze import freeze
 from .parallel import DTYPES, Workers, broadcast, load_sharded, shard
 
-BLOCKS = ("noise_refiner", "context_refiner", "layers")
-
 
 def check_base(config: Config) -> None:
     """Refuse a base that can't be one, before longer work; its tensors are not read.
@@ -56,7 +54,7 @@ def build(config: Config, workers: Workers) -> tuple[L2PTransformer2DModel, dict
             return broadcast(tuple(parameter.shape), dtype, value, workers)
 
         _quantize(model, bits, read)
-    model.local_decoder.memory_mb = config.memory.head_mb
+    model.head.memory_mb = config.memory.head_mb
     if config.memory.checkpointing:
         model.enable_gradient_checkpointing(_checkpointing(config.memory.offload_checkpoints, workers.device))
     if config.parallel.fsdp:
@@ -72,10 +70,10 @@ def autocast(config: Config, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def _quantize(model: nn.Module, bits: int, read) -> None:
+def _quantize(model: L2PTransformer2DModel, bits: int, read) -> None:
     if bits < 16:
-        for name in BLOCKS:
-            quantize_frozen(getattr(model, name), bits, read, f"{name}.")
+        for name, block in model.blocks():
+            quantize_frozen(block, bits, read, f"{name}.")
 
 
 def _checkpointing(offload: bool, device: torch.device):

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 from ..files import atomic_path
+
+MAX_FILE, MAX_BRACKETS = 1 << 20, 1000  # of a configuration
 
 
 @dataclass
@@ -146,31 +150,47 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+ABOVE_ZERO = None
+# The lowest and the highest value of every number; a list's place is a star.
+BOUNDS: dict[str, tuple[float | None, float]] = {
+    "steps": (1, 99_999_999), "minutes": (0, 1e7), "accumulation": (1, 65536), "seed": (-(2**63), 2**64 - 1),
+    "save_every": (1, 99_999_999), "keep": (1, 10_000),
+    "model.patch_size": (1, 1024), "freeze.n": (0, 10_000),
+    "objective.grid": (1, 1_000_000), "objective.shift": (ABOVE_ZERO, 1000), "objective.mean": (-100, 100),
+    "objective.std": (ABOVE_ZERO, 100), "objective.uniform_share": (0, 1), "objective.pyramid": (0, 1e6),
+    "data.grids.*.tokens": (1, 2**20), "data.grids.*.batch": (1, 65536), "data.grids.*.share": (ABOVE_ZERO, 1e6),
+    "data.grids.*.sigma_max": (ABOVE_ZERO, 1), "data.grids.*.shift": (0, 1000), "data.grids.*.head_crop": (0, 1024),
+    "data.grids.*.coarse": (0, 1024), "data.max_aspect": (1, 64), "data.caption_dropout": (0, 1),
+    "data.max_bad_share": (0, 1), "data.workers": (1, 256), "data.prefetch": (1, 64),
+    "optim.lr": (ABOVE_ZERO, 10), "optim.betas.*": (0, 1 - 1e-12), "optim.eps": (ABOVE_ZERO, 1),
+    "optim.weight_decay": (0, 1000), "optim.warmup": (0, 99_999_999), "optim.clip": (0, 1e9),
+    "optim.max_skipped": (1, 1_000_000), "ema.decay": (0, 1), "ema.every": (1, 1_000_000),
+    "memory.head_mb": (ABOVE_ZERO, 1e6), "log.sample_every": (0, 99_999_999), "log.sample_steps": (1, 1_000_000),
+    "log.guidance": (-1000, 1000), "log.height": (1, 65536), "log.width": (1, 65536),
+}  # fmt: skip
+
+
 def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
     """The configuration of a YAML file (None: all defaults) with ``key.sub=value`` over it.
 
     Raises:
         UserError: an unreadable file, an unknown key, a value of the wrong kind or out of range.
     """
-    import yaml
-
     values: Any = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except OSError as error:
-            raise UserError(f"can't read the configuration {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no YAML: {error}") from error
+            with open(path, "rb") as file:
+                text = file.read(MAX_FILE + 1)
+        except (OSError, ValueError) as error:
+            raise UserError(f"can't read the configuration {path}: {getattr(error, 'strerror', error)}") from error
+        if len(text) > MAX_FILE:
+            raise UserError(f"the configuration {path} has more than {MAX_FILE:,} bytes; give the YAML file of a run")
+        values = _yaml(text, f"{path} is not YAML") or {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"an override must read key=value, as in optim.lr=1e-4, got {override!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{override!r}: the value is no YAML") from error
-        _put(values, key.split("."), value, key)
+        _put(values, key.split("."), _yaml(text, f"{reprlib.repr(override)}: the value is not YAML"), key)
     config = _build(Config, values, "")
     check(config)
     return config
@@ -189,17 +209,33 @@ def write_config(config: Config, path: Path) -> None:
         temporary.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
+def _yaml(text: str | bytes, what: str) -> Any:
+    """``text`` as plain values; `UserError` with ``what`` if it is none."""
+    import yaml
+
+    try:
+        if sum(map(text.count, (b"[", b"{") if isinstance(text, bytes) else "[{")) > MAX_BRACKETS:
+            raise ValueError(f"over {MAX_BRACKETS:,} brackets")  # deep nesting takes PyYAML long
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise UserError(f"{what}: {_short(str(error) or type(error).__name__)}") from error
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
 def _put(values: Any, path: list[str], value: Any, key: str) -> None:
     """Set ``values[a][b]... = value``; a number in the path is a place in a list."""
-    *parents, last = [int(part) if part.isdigit() else part for part in path]
     try:
+        *parents, last = [int(part) if part.isdecimal() else part for part in path]
         for part in parents:
             if isinstance(part, str) and values.get(part) is None:
                 values[part] = {}
             values = values[part]
         values[last] = value
-    except (TypeError, IndexError, AttributeError, KeyError) as error:
-        raise UserError(f"{key}: there is no such place in the configuration") from error
+    except (TypeError, IndexError, AttributeError, KeyError, ValueError) as error:
+        raise UserError(f"{_short(key)}: there is no such place in the configuration") from error
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -207,24 +243,24 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     origin = get_origin(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise UserError(f"{where or 'the configuration'} must hold keys and values, got {value!r}")
+            raise UserError(f"{where or 'the configuration'} must hold keys and values, got {reprlib.repr(value)}")
         hints = get_type_hints(kind)
         for key in value:
             if key not in hints:
-                near = difflib.get_close_matches(str(key), hints, 1)
+                near = difflib.get_close_matches(str(key)[:80], hints, 1)
                 raise UserError(
-                    f"unknown setting {_join(where, key)}; "
+                    f"unknown setting {_short(_join(where, key))}; "
                     + (f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}")
                 )
         return kind(**{key: _build(hints[key], v, _join(where, key)) for key, v in value.items()})
     if origin is Literal:
         choices = get_args(kind)
-        if value not in choices or isinstance(value, bool):
-            raise UserError(f"{where} must be one of {', '.join(repr(c) for c in choices)}, got {value!r}")
+        if isinstance(value, (bool, list, dict)) or value not in choices:
+            raise UserError(f"{where} must be one of {', '.join(repr(c) for c in choices)}, got {reprlib.repr(value)}")
         return value
     if origin is list:
         if not isinstance(value, list):
-            raise UserError(f"{where} must be a list, got {value!r}")
+            raise UserError(f"{where} must be a list, got {reprlib.repr(value)}")
         return [_build(get_args(kind)[0], v, f"{where}.{i}") for i, v in enumerate(value)]
     if origin in (Union, types.UnionType):
         kind = next((k for k in get_args(kind) if isinstance(value, get_origin(k) or k)), get_args(kind)[0])
@@ -232,13 +268,15 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 5e-5 as text
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif kind is str and value is None:
         return ""
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        if kind is str and ("\0" in value or not value.isascii() and value != value.encode(errors="replace").decode()):
+            raise UserError(f"{where} must be text of whole characters, got {reprlib.repr(value)}")
         return value
-    raise UserError(f"{where} must be of type {kind.__name__}, got {value!r}")
+    raise UserError(f"{where} must be of type {kind.__name__}, got {reprlib.repr(value)}")
 
 
 def _join(where: str, key: Any) -> str:
@@ -251,42 +289,21 @@ def check(config: Config) -> None:
     Raises:
         UserError: a value out of range, or settings that contradict each other.
     """
-    positive = {
-        "steps": config.steps, "accumulation": config.accumulation, "save_every": config.save_every,
-        "keep": config.keep, "optim.lr": config.optim.lr, "optim.max_skipped": config.optim.max_skipped,
-        "objective.shift": config.objective.shift, "objective.grid": config.objective.grid,
-        "objective.std": config.objective.std, "ema.every": config.ema.every, "data.workers": config.data.workers,
-        "data.prefetch": config.data.prefetch, "memory.head_mb": config.memory.head_mb,
-        "log.sample_steps": config.log.sample_steps, "log.height": config.log.height, "log.width": config.log.width,
-        "optim.eps": config.optim.eps,
-    }  # fmt: skip
-    zero_or_more = {
-        "minutes": config.minutes, "freeze.n": config.freeze.n, "objective.pyramid": config.objective.pyramid,
-        "optim.weight_decay": config.optim.weight_decay, "optim.warmup": config.optim.warmup,
-        "optim.clip": config.optim.clip, "log.sample_every": config.log.sample_every,
-    }  # fmt: skip
-    for i, grid in enumerate(config.data.grids):
-        positive |= {f"data.grids.{i}.{key}": getattr(grid, key) for key in ("tokens", "batch", "share", "sigma_max")}
-        zero_or_more |= {f"data.grids.{i}.{key}": getattr(grid, key) for key in ("shift", "head_crop", "coarse")}
-    for name, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{name} must be positive, got {value}")
-    for name, value in zero_or_more.items():
-        if not value >= 0:
-            raise UserError(f"{name} must not be negative, got {value}")
-    shares = {
-        "ema.decay": config.ema.decay, "data.caption_dropout": config.data.caption_dropout,
-        "data.max_bad_share": config.data.max_bad_share, "objective.uniform_share": config.objective.uniform_share,
-    }  # fmt: skip
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} must lie between 0 and 1, got {value}")
+    for name, value in _numbers(as_dict(config), ""):
+        lowest, highest = BOUNDS[".".join("*" if part.isdecimal() else part for part in name.split("."))]
+        if lowest is ABOVE_ZERO or lowest == 1 and isinstance(value, int):
+            fits, wanted = value > 0, "must be positive"
+        elif lowest == 0:
+            fits, wanted = value >= 0, "must not be negative"
+        else:
+            fits, wanted = value >= lowest, f"must be at least {lowest}"
+        if not fits or not value <= highest:
+            wanted = wanted if not fits else f"must be at most {highest:,}"
+            raise UserError(f"{name} {wanted}, got {_short(repr(value))}")
     if not config.data.grids:
         raise UserError("data.grids is empty; give at least one, as in data.grids='[{tokens: 4096, batch: 8}]'")
-    if config.data.max_aspect < 1:
-        raise UserError(f"data.max_aspect must be at least 1 (squares only), got {config.data.max_aspect}")
-    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
-        raise UserError(f"optim.betas must be two numbers in [0, 1), got {config.optim.betas}")
+    if len(config.optim.betas) != 2:
+        raise UserError(f"optim.betas must be two numbers in [0, 1), got {len(config.optim.betas)}")
     if config.optim.fused and config.accumulation > 1:
         raise UserError("optim.fused updates in each backward pass, so it needs accumulation=1")
     if config.optim.fused and config.optim.clip:
@@ -295,3 +312,12 @@ def check(config: Config) -> None:
         raise UserError("model.compute=float32 needs model.weights=float32")
     if config.parallel.hybrid and not config.parallel.fsdp:
         raise UserError("--hybrid is a way of sharding; add --fsdp")
+
+
+def _numbers(values: Any, where: str) -> Iterator[tuple[str, float]]:
+    """(dotted name, value) of every number in plain ``values`` but those of a choice."""
+    if isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _numbers(value, _join(where, key))
+    elif isinstance(values, int | float) and not isinstance(values, bool) and where != "model.frozen_bits":
+        yield where, values

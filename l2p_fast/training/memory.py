@@ -16,9 +16,8 @@ from torch import nn
 
 from ..formats.checkpoint import Checkpoint
 from ..models.blocks import ADALN_DIM, TransformerBlock, rope_tables
-from ..models.zimage import build_empty
+from ..models.zimage import L2PTransformer2DModel, build_empty
 from ..quantize.frozen import linear_bytes
-from .build import BLOCKS
 from .config import Config, GridConfig
 from .data import shapes_of
 from .freeze import freeze, groups
@@ -26,7 +25,7 @@ from .optim import CHUNK, state_bytes
 from .parallel import DTYPES
 
 TEXT_TOKENS = 512  # the longest prompt
-PIXEL_TENSORS = 6  # pictures held in fp32 at once: x0, noise, x_t, prediction, its error, its gradient
+PIXEL_TENSORS = 6  # images held in fp32 at once: x0, noise, x_t, prediction, its error, its gradient
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Memory:
     optimizer: int
     average: int
     kept: int  # inputs of the blocks, or all that autograd keeps without checkpointing
-    working: int  # the larger of the head's and a block's backward pass, and the pictures
+    working: int  # the larger of the head's and a block's backward pass, and the images
     accumulated: bool = False  # gradients of an earlier pass are there from the start
 
     @property
@@ -48,14 +47,15 @@ class Memory:
         return self.weights + self.optimizer + self.average + passing + self.working
 
 
-def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
+def expected(config: Config, model: L2PTransformer2DModel, world: int = 1) -> Memory:
     """The peak of a step of the (meta) ``model``, whose parameters are frozen as the configuration says."""
     bits, width = config.model.frozen_bits, DTYPES[config.model.weights].itemsize
     quantized = set()
     if bits < 16:
         quantized = {
-            f"{name}.weight" for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith(BLOCKS) and not module.weight.requires_grad
+            f"{block_name}.{name}.weight" for block_name, block in model.blocks()
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad
         }  # fmt: skip
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
@@ -70,9 +70,10 @@ def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
         gradients = sum(p.numel() for p in trained) * width // world
     if world > 1:  # a gathered block, the one gathered ahead of it, and gradients on their way
         compute = DTYPES[config.model.compute].itemsize
-        blocks = [sum(p.numel() for p in block.parameters()) for block in model.layers]
-        root = sum(p.numel() for name, p in parameters.items() if not name.startswith((*BLOCKS, "local_decoder")))
-        gradients += max(*blocks, root) * (2 * compute + 4)
+        parts = [sum(p.numel() for p in block.parameters()) for _, block in model.blocks()]
+        head = sum(p.numel() for p in model.head.parameters())
+        root = sum(p.numel() for p in parameters.values()) - sum(parts) - head
+        gradients += max(*parts, root) * (2 * compute + 4)
         if config.accumulation > 1:  # whole and in fp32, until the step's last pass exchanges them
             gradients += 4 * sum(p.numel() for p in trained)
     states = 0 if config.optim.offload else sum(state_bytes(p.shape, config.optim, width) for p in trained) // world
@@ -85,27 +86,27 @@ def expected(config: Config, model: nn.Module, world: int = 1) -> Memory:
     return Memory(weights, gradients, states, average, kept, max(working, update), config.accumulation > 1)
 
 
-def _activations(config: Config, model: nn.Module, grid: GridConfig, batch: int) -> tuple[int, int]:
-    """(what is kept, what a backward pass works in): bytes for a batch of pictures of ``grid``."""
+def _activations(config: Config, model: L2PTransformer2DModel, grid: GridConfig, batch: int) -> tuple[int, int]:
+    """(what is kept, what a backward pass works in): bytes for a batch of images of ``grid``."""
     dtype, tokens = DTYPES[config.model.compute], grid.tokens
-    joint = batch * (tokens + TEXT_TOKENS) * model.config.dim
-    images = batch * tokens * model.config.dim
-    texts = batch * TEXT_TOKENS * model.config.dim
-    values = joint * len(model.layers) + images * len(model.noise_refiner) + texts * len(model.context_refiner)
+    seen = [batch * count * model.config.dim for count in model.block_tokens(tokens, TEXT_TOKENS)]
+    values, largest = sum(seen), max(seen)
     per_value, temporary = block_bytes(model.config.axes_dims, dtype)
     if config.memory.checkpointing:
         kept = 0 if config.memory.offload_checkpoints else values * dtype.itemsize
-        block = joint * (per_value + temporary)
+        block = largest * (per_value + temporary)
     else:
-        kept, block = values * per_value, joint * temporary
+        kept, block = values * per_value, largest * temporary
     step = model.size_multiple // model.patch_size
     h, w = shapes_of(tokens, config.data.max_aspect, step)[0]
-    pictures = PIXEL_TENSORS * 4 * 3 * batch * h * w * model.patch_size**2
+    images = PIXEL_TENSORS * 4 * 3 * batch * h * w * model.patch_size**2
     height, width = (min(side, grid.head_crop or side) * model.patch_size for side in (h, w))
-    return int(kept), int(pictures + max(block, head_bytes(model, batch, height, width, dtype, config.memory.head_mb)))
+    return int(kept), int(images + max(block, head_bytes(model, batch, height, width, dtype, config.memory.head_mb)))
 
 
-def head_bytes(model: nn.Module, batch: int, height: int, width: int, dtype: torch.dtype, budget_mb: float) -> int:
+def head_bytes(
+    model: L2PTransformer2DModel, batch: int, height: int, width: int, dtype: torch.dtype, budget_mb: float
+) -> int:
     """What the Detailer Head takes for a backward pass, in bands where it would not fit whole."""
     with torch.enable_grad():
         pixels = torch.empty(batch, 3, height, width, device="meta")

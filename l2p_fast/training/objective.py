@@ -1,6 +1,6 @@
 """The source model's own objective: || (x0 - eps) - raw(x_sigma, 1 - sigma) ||^2, at randomly drawn noise levels.
 
-Every draw comes from a generator of its own, seeded by what it belongs to (run, step, picture): it depends on neither
+Every draw comes from a generator of its own, seeded by what it belongs to (run, step, image): it depends on neither
 the number of processes nor where a run was interrupted.
 """
 
@@ -47,7 +47,7 @@ def draw_sigma(config: ObjectiveConfig, rng: torch.Generator, grid: GridConfig) 
 
 
 def draw_noise(config: ObjectiveConfig, shape: Sequence[int], seed: int | None, rng: torch.Generator) -> Tensor:
-    """(3, H, W) fp32 noise on the CPU: the picture's own for the whole run if it has a ``seed``, else from ``rng``."""
+    """(3, H, W) fp32 noise on the CPU: the image's own for the whole run if it has a ``seed``, else from ``rng``."""
     if config.noise == "seed" and seed is not None:
         rng = torch.Generator().manual_seed(seed)
     return torch.randn(tuple(shape), generator=rng)
@@ -60,9 +60,9 @@ def coarse_error(x0: Tensor, side: int) -> Tensor:
 
 
 def coarse_noise(noise: Tensor, x0: Tensor, side: int, sigma_max: float, rng: torch.Generator) -> Tensor:
-    """Noise of a picture (3, H, W) that goes on at ``sigma_max`` from a coarse start c of ``side`` px, to train on.
+    """Noise of an image (3, H, W) that goes on at ``sigma_max`` from a coarse start c of ``side`` px, to train on.
 
-    At level s its noisy picture is that of a flow with noise + (1 - s) / s (c - x0). The blur is drawn up to twice that
+    At level s its noisy image is that of a flow with noise + (1 - s) / s (c - x0). The blur is drawn up to twice that
     at ``sigma_max``: what a sampler leaves of it varies.
     """
     blur = (1 / sigma_max - 1) * 2 * torch.rand((), generator=rng).item()
@@ -79,11 +79,11 @@ def losses(
         x0, noise: (B, 3, H, W) fp32.
         sigma: (B,).
         cap_feats: B text features.
-        windows: what the head sees of each picture, as in the model's ``forward``.
-        pyramid: weight of the errors of the small pictures inside the head (`small_pictures`).
+        windows: what the head sees of each image, as in the model's ``forward``.
+        pyramid: weight of the errors of the small images inside the head (`small_images`).
     """
     x, target = flow.add_noise(x0, noise, sigma), flow.target(x0, noise)
-    with small_pictures(model.local_decoder) if pyramid else contextlib.nullcontext([]) as found:
+    with small_images(model.head) if pyramid else contextlib.nullcontext([]) as found:
         raw = model(x, 1 - sigma, cap_feats, windows=windows)
     if windows is not None:
         x0, target = (cut(part, windows, model.patch_size) for part in (x0, target))
@@ -95,10 +95,10 @@ def losses(
 
 
 @contextlib.contextmanager
-def small_pictures(head: DetailerHead) -> Iterator[list[Tensor]]:
+def small_images(head: DetailerHead) -> Iterator[list[Tensor]]:
     """The first three channels of what the head's levels compute on the way out, before the activation.
 
-    Trained to be the picture at their size, they bring color through many layers to full size (deep supervision, Lee
+    Trained to be the image at their size, they bring color through many layers to full size (deep supervision, Lee
     et al., arXiv 1409.5185) without a parameter of their own. Levels that run in bands are left out.
     """
     found: dict[int, Tensor] = {}
@@ -119,10 +119,10 @@ def small_pictures(head: DetailerHead) -> Iterator[list[Tensor]]:
     convs[len(head.levels)] = head.bottleneck[0]
     hooks = [head.register_forward_pre_hook(note_size)]
     hooks += [conv.register_forward_hook(note(k)) for k, conv in convs.items()]
-    pictures: list[Tensor] = []
+    images: list[Tensor] = []
     try:
-        yield pictures
+        yield images
     finally:
         for hook in hooks:
             hook.remove()
-        pictures += found.values()
+        images += found.values()

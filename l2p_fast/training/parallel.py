@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from ..errors import UserError
+from ..models.zimage import L2PTransformer2DModel
 from .config import Config
 
 PATIENCE = timedelta(hours=1)  # the others wait while the first process lists many pictures
@@ -100,7 +101,7 @@ def start(config: Config) -> Workers:
     return Workers(rank, world, device)
 
 
-def shard(model: nn.Module, config: Config, workers: Workers) -> None:
+def shard(model: L2PTransformer2DModel, config: Config, workers: Workers) -> None:
     """`fully_shard` every block, the head and the root; the model may be on the meta device."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -114,7 +115,7 @@ def shard(model: nn.Module, config: Config, workers: Workers) -> None:
     # Gradients are summed over the processes in fp32. RoPE and noise levels stay fp32: inputs are not cast.
     compute = DTYPES[config.model.compute] if config.model.compute != config.model.weights else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in [*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder]:
+    for block in [*(block for _, block in model.blocks()), model.head]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
