@@ -113,7 +113,7 @@ def save(run: str | Path, tensors: dict[str, Tensor], state: RunState, keep: int
         if workers.first:
             content = {"run": state.to_json(), "files": digests}
             with open(partial / STATE, "w") as file:
-                json.dump(content | {"sha256": _digest(content)}, file)
+                json.dump(content | {"sha256": digest_of_values(content)}, file)
                 file.flush()
                 os.fsync(file.fileno())
             _sync(partial)
@@ -158,7 +158,7 @@ def read_state(path: str | Path) -> tuple[RunState, dict[str, str]]:
             text = file.read(MAX_STATE)
         content = json.loads(text)
         digest, files = content.pop("sha256"), content["files"]
-        if digest != _digest(content):
+        if digest != digest_of_values(content):
             raise ValueError("its checksum is another")
         if not files or not all(FILE.fullmatch(name) and isinstance(value, str) for name, value in files.items()):
             raise ValueError("it names other files than a checkpoint's")
@@ -255,7 +255,7 @@ def is_training_checkpoint(path: str | Path) -> bool:
     return (Path(path) / STATE).is_file()
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def digest_of_values(content: Mapping[str, Any]) -> str:
     """Of plain values, in whatever order their keys stand."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
