@@ -1,7 +1,7 @@
 """``python -m l2p_fast.train CONFIG.yaml [key=value ...]``: train an L2P model.
 
 A run lives in one folder and goes on where it was when the same command is given again. One process by default;
-``torchrun --nproc-per-node N -m l2p_fast.train CONFIG.yaml --fsdp run=FOLDER`` shares the model among N.
+``torchrun --standalone --nproc-per-node N -m l2p_fast.train CONFIG.yaml --fsdp run=FOLDER`` shares the model among N.
 """
 
 from __future__ import annotations
