@@ -21,6 +21,7 @@ from l2p_fast.formats.checkpoint import Checkpoint
 from l2p_fast.loading import load_model
 from l2p_fast.training import state as checkpoints
 from l2p_fast.training.monitor import read_log
+from l2p_fast.training.plots import plain_log_scale, smooth
 
 torch.set_num_threads(1)
 
@@ -129,9 +130,24 @@ def test_sample_sheets_and_plots(world):
     assert Image.open(folder / "run" / "curves.png").size[0] > 400
     with pytest.raises(UserError, match="no log.jsonl"):
         plot.main([str(folder)])
-    assert [round(value, 3) for value in plot.smooth([1.0, math.inf, 1.0])[::2]] == [1.0, 1.0]
+    assert [round(value, 3) for value in smooth([1.0, math.inf, 1.0])[::2]] == [1.0, 1.0]
     with pytest.raises(UserError, match="multiples of 16, got 40 x 48"):
         run("steps=4", "log.sample_every=4", "log.prompts=[picture 1]", "log.height=40", "log.width=48")
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"), [((0.08, 30), "0.1 0.2 0.5 1 2 5 10 20"), ((1.02, 1.18), "1.05 1.1 1.15"),
+                          ((1000, 40000), "1000 2000 5000 10000 20000")],
+)  # fmt: skip
+def test_axes_have_plain_numbers(values, ticks):
+    figure = pytest.importorskip("matplotlib.figure", reason="pip install l2p_fast[train]").Figure()
+    axes = figure.subplots()
+    axes.plot([0, 1], values)
+    plain_log_scale(axes.yaxis)
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    seen = [label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert set(ticks.split()) <= set(seen) and all(float(text) for text in seen)
 
 
 SHEETS = ("log.sample_every=2", "log.prompts=[picture 1]", "log.sample_steps=1", "log.height=32", "log.width=32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import struct
 import tarfile
 import zlib
@@ -169,6 +170,34 @@ def test_wrong_data(tmp_path):
         (tmp_path / "metadata.jsonl").write_text(good % 1 + "\n" + line)
         with pytest.raises(UserError, match="metadata.jsonl, image 2: "):
             list_images(DataConfig(path=str(tmp_path), layout="imagefolder"))
+
+
+def test_pipes_are_no_files(tmp_path):
+    """Reading one would wait for ever."""
+    folder = write_csv(tmp_path / "d", 10)
+    (folder / "3.png").unlink()
+    os.mkfifo(folder / "3.png")
+    s = stream(folder, max_bad_share=0.1)
+    assert "p3" not in [p for _ in range(5) for p in s.next()[0].prompts]
+    assert s.new_bad() == {str(folder / "3.png")}
+    for name, layout in (("metadata.csv", "csv"), ("metadata.jsonl", "imagefolder"), ("a.tar", "webdataset")):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(UserError, match="can't read .*not a regular file"):
+            list_images(DataConfig(path=str(folder), layout=layout))
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="not a regular file"):
+        Features(tmp_path)
+
+
+def test_prompts_that_are_hardly_text(tmp_path):
+    rows = ['{"file_name": "a.png", "text": "a \\ud800"}', '{"file_name": "b.png", "text": "' + "x" * 10**6 + '"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    prompts = [image.prompt for image in list_images(DataConfig(path=str(tmp_path)))]
+    assert prompts[0] == "a ?" and Features(tmp_path / "f").missing(prompts) == prompts
+    (tmp_path / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="image 1: "):
+        list_images(DataConfig(path=str(tmp_path)))
 
 
 def test_shapes_of_a_token_count():

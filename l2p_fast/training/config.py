@@ -165,8 +165,8 @@ BOUNDS: dict[str, tuple[float | None, float]] = {
     "optim.lr": (ABOVE_ZERO, 10), "optim.betas.*": (0, 1 - 1e-12), "optim.eps": (ABOVE_ZERO, 1),
     "optim.weight_decay": (0, 1000), "optim.warmup": (0, 99_999_999), "optim.clip": (0, 1e9),
     "optim.max_skipped": (1, 1_000_000), "ema.decay": (0, 1), "ema.every": (1, 1_000_000),
-    "memory.head_mb": (ABOVE_ZERO, 1e6), "log.sample_every": (0, 99_999_999), "log.sample_steps": (1, 1_000_000),
-    "log.guidance": (-1000, 1000), "log.height": (1, 65536), "log.width": (1, 65536),
+    "memory.head_mb": (ABOVE_ZERO, 1e6), "log.sample_every": (0, 99_999_999), "log.sample_steps": (1, 10_000),
+    "log.guidance": (0, 1000), "log.height": (1, 65536), "log.width": (1, 65536),
 }  # fmt: skip
 
 

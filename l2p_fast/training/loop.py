@@ -29,7 +29,7 @@ from .objective import SIGMA_BUCKETS, losses
 from .optim import AdamW
 from .parallel import Workers, local, replicas
 from .run import RunFolder
-from .sheets import check_sheet, sample_sheet
+from .sheets import Sheets
 from .state import RunState
 
 # A checkpoint can only go on under the settings that gave its tensors their meaning.
@@ -53,7 +53,7 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
     check_base(config)
     images, features = open_data(config, workers)  # before the model: the text encoder needs the device, too
     model, trained = build(config, workers)
-    check_sheet(config, model)
+    sheets = Sheets(model, features, config, workers)
     optimizer = AdamW(trained, config.optim, config.seed)
     average = EMA(trained, config.ema)
     stream = open_stream(config, images, model, workers)
@@ -128,8 +128,8 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
             )  # fmt: skip
             if state.step % config.save_every == 0:
                 saved = save()
-            if config.log.sample_every and config.log.prompts and state.step % config.log.sample_every == 0:
-                sheet = sample_sheet(model, features, config, workers, lambda: stop.agree(workers))
+            if sheets.due(state.step):
+                sheet = sheets.draw(lambda: stop.agree(workers))
                 if sheet is not None:
                     monitor.show(state.step, sheet)
         if saved != state.step:

@@ -3,56 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.zimage import L2PTransformer2DModel
-from ..sampling import flow
-from ..sampling.pixels import pixels_to_images
 from .build import autocast
 from .config import Config
 from .data import Features
-from .objective import generator
 from .parallel import Workers
 
 
-def check_sheet(config: Config, model: L2PTransformer2DModel) -> None:
-    """Refuse a size of the sample sheets that the model can't draw, before the first is due."""
-    log, multiple = config.log, model.size_multiple
-    if log.sample_every and (log.height % multiple or log.width % multiple):
-        raise UserError(f"log.height and log.width must be multiples of {multiple}, got {log.height} x {log.width}")
+class Sheets:
+    """Draws ``log.prompts`` side by side, the n-th with seed n; all processes take part.
 
-
-@torch.no_grad()
-def sample_sheet(
-    model: nn.Module, features: Features, config: Config, workers: Workers, stopping: Callable[[], bool]
-) -> Image.Image | None:
-    """Draw ``log.prompts`` side by side, each with the same noise at every call. All processes take part.
-
-    Returns None where this is not the first process, and when ``stopping`` said so, on all of them at once.
+    Raises:
+        UserError: a size that the model can't draw, before the first sheet is due.
     """
-    log, shift, images = config.log, config.objective.shift, []
-    for number, prompt in enumerate(log.prompts):
-        x = torch.randn((1, 3, log.height, log.width), generator=generator("sample", number)).to(workers.device)
-        levels = flow.sigmas(log.sample_steps, shift).tolist()
-        texts = [features[text].to(workers.device) for text in (prompt, "")]
-        for sigma, after in zip(levels[:-1], levels[1:], strict=True):
+
+    def __init__(self, model: L2PTransformer2DModel, features: Features, config: Config, workers: Workers):
+        log, multiple = config.log, model.size_multiple
+        self.model, self.config, self.workers = model, config, workers
+        self.every = log.sample_every if log.prompts else 0
+        if log.sample_every and (log.height % multiple or log.width % multiple):
+            raise UserError(f"log.height and log.width must be multiples of {multiple}, got {log.height} x {log.width}")
+        if not self.every:
+            return
+        from ..sampling.pipeline import L2PPipeline, make_scheduler
+        from ..sampling.request import Request, Setup
+        from ..sampling.session import Session
+
+        pipeline = L2PPipeline(_Trained(model), None, None, make_scheduler(config.objective.shift))
+        pipeline.set_progress_bar_config(disable=True)
+        self.session = Session(
+            pipeline, Setup(attention="native"), texts=lambda prompts: [features[p].to(workers.device) for p in prompts]
+        )
+        self.requests = [
+            Request(
+                prompt, height=log.height, width=log.width, steps=log.sample_steps, guidance=log.guidance, seed=seed
+            )
+            for seed, prompt in enumerate(log.prompts)
+        ]
+
+    def due(self, step: int) -> bool:
+        """Whether ``step`` has a sheet."""
+        return self.every > 0 and step % self.every == 0
+
+    def draw(self, stopping: Callable[[], bool]) -> Image.Image | None:
+        """The sheet; None where this is not the first process, and when ``stopping`` said so, on all at once."""
+
+        def on_step(_: Any) -> None:
             if stopping():
-                break
-            with autocast(config, workers.device):
-                t = torch.full((1,), 1 - sigma, device=workers.device)
-                v_pos, v_neg = (flow.velocity(model(x, t, [text]).float()) for text in texts)
-            x = flow.euler_step(x, flow.guide(v_pos, v_neg, log.guidance), sigma, after)
-        else:
-            images += pixels_to_images(x.cpu(), "pil")
-    if config.parallel.fsdp:
-        model.reshard()
-    if not workers.first or len(images) < len(log.prompts):
-        return None
-    sheet = Image.new("RGB", (log.width * len(images), log.height))
-    for number, image in enumerate(images):
-        sheet.paste(image, (number * log.width, 0))
-    return sheet
+                raise _Stopped
+
+        images = []
+        try:
+            with autocast(self.config, self.workers.device):
+                images = [self.session.draw(request, on_step).image for request in self.requests]
+        except _Stopped:
+            return None
+        finally:
+            if self.config.parallel.fsdp:
+                self.model.reshard()
+        if not self.workers.first:
+            return None
+        log = self.config.log
+        sheet = Image.new("RGB", (log.width * len(images), log.height))
+        for number, image in enumerate(images):
+            sheet.paste(image, (number * log.width, 0))
+        return sheet
+
+
+class _Stopped(Exception):
+    """The run is asked to stop while a sheet is drawn."""
+
+
+class _Trained(nn.Module):
+    """The model as the sampler takes it, but all of it in its ``forward``: there FSDP gathers what it shares.
+
+    Nothing is prepared beforehand, and nothing is tried again with less memory, since the other processes would not.
+    """
+
+    def __init__(self, model: L2PTransformer2DModel):
+        super().__init__()
+        self.__dict__["model"] = model  # not as a child: its parameters stay its own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+    def prepare(self, cap_feats: list[Tensor], *_: Any, **__: Any) -> list[Tensor]:
+        return cap_feats
+
+    def forward(self, pixels: Tensor, t: Tensor, *, cond: list[Tensor], step: int) -> Tensor:
+        try:
+            return self.model(pixels, t, cond)
+        except torch.OutOfMemoryError as error:
+            raise UserError("too little memory for the sample sheets; lower log.height and log.width") from error
