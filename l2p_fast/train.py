@@ -10,9 +10,6 @@ import argparse
 
 from .errors import UserError, run_cli
 from .training.config import check, load_config
-from .training.loop import train
-from .training.memory import plan
-from .training.parallel import start
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,9 +38,16 @@ def main(argv: list[str] | None = None) -> int:
     check(config)
     if args.processes < 1:
         raise UserError(f"--processes must be at least 1, got {args.processes}")
+    if args.device_gb is not None and not 0 < args.device_gb < 1e9:
+        raise UserError(f"--device-gb must be a device's memory in GB, got {args.device_gb:g}")
     if args.dry_run:
+        from .training.memory import plan  # here and below: a mistake is told before PyTorch is there
+
         print(plan(config, args.processes, args.device_gb))
         return 0
+    from .training.loop import train
+    from .training.parallel import start
+
     workers = start(config)
     try:
         train(config, workers, args.resume)

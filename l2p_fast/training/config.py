@@ -42,29 +42,29 @@ class FreezeConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """How the noise level and the noise of a picture are drawn."""
+    """How the noise level and the noise of an image are drawn."""
 
     sigma: Literal["grid", "continuous", "logit_normal"] = "grid"
     grid: int = 500  # steps of the grid
     shift: float = 3.0
     mean: float = 0.0  # of logit_normal, before the shift
     std: float = 1.0
-    uniform_share: float = 0.0  # of the pictures: their level is drawn without the shift
-    noise: Literal["seed", "fresh"] = "seed"  # seed: the table's seed fixes a picture's noise for the whole run
-    pyramid: float = 0.0  # weight of the loss on small copies of the picture inside the head: it learns colors sooner
+    uniform_share: float = 0.0  # of the images: their level is drawn without the shift
+    noise: Literal["seed", "fresh"] = "seed"  # seed: the table's seed fixes an image's noise for the whole run
+    pyramid: float = 0.0  # weight of the loss on small copies of the image inside the head: it learns colors sooner
 
 
 @dataclass
 class GridConfig:
-    """Pictures of one number of tokens. Each step draws one of the grids by its share."""
+    """Images of one number of tokens. Each step draws one of the grids by its share."""
 
     tokens: int = 4096
-    batch: int = 8  # pictures of an optimizer step, all processes and accumulated passes together
+    batch: int = 8  # images of an optimizer step, all processes and accumulated passes together
     share: float = 1.0
     sigma_max: float = 1.0  # noise levels are scaled to lie below
     shift: float = 0.0  # of the noise levels; 0: the objective's
-    path: str = ""  # pictures of this grid alone; empty: data.path
-    head_crop: int = 0  # the head sees a window of so many tokens a side of each picture; 0: all of it
+    path: str = ""  # images of this grid alone; empty: data.path
+    head_crop: int = 0  # the head sees a window of so many tokens a side of each image; 0: all of it
     coarse: int = 0  # the grid finishes what a run of so many tokens a side began: its blur is learned; 0: it doesn't
 
 
@@ -77,8 +77,8 @@ class DataConfig:
     caption_dropout: float = 0.0
     features: str = ""  # folder of cached text features; empty: in the run's folder
     text_encoder: str = ""  # folder with text_encoder/ and tokenizer/, to make missing features
-    max_bad_share: float = 0.01  # of pictures that can't be read
-    workers: int = 4  # threads that decode pictures
+    max_bad_share: float = 0.01  # of images that can't be read
+    workers: int = 4  # threads that decode images
     prefetch: int = 2  # steps
 
 

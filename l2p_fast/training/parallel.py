@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..models.zimage import L2PTransformer2DModel
 from .config import Config
 
-PATIENCE = timedelta(hours=1)  # the others wait while the first process lists many pictures
+PATIENCE = timedelta(hours=1)  # the others wait while the first process lists many images
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
