@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
 
-from tiny_training import PICTURES, curve, tiny_model, world_in
+from tiny_training import IMAGES, curve, tiny_model, world_in
 
 from l2p_fast import convert, plot
 from l2p_fast.errors import UserError
@@ -58,7 +58,7 @@ def test_it_learns(world):
     losses = [loss for _, loss, _ in curve(folder / "run")]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     lines = read_log(folder / "run")
-    assert lines[-1]["epoch"] == 60 * 2 / PICTURES and lines[0]["images"] == 2
+    assert lines[-1]["epoch"] == 60 * 2 / IMAGES and lines[0]["images"] == 2
     assert all(0 <= float(k.split("-")[0]) < 1 for line in lines for k in line["loss_by_sigma"])
     averaged = load_file(folder / "run" / "trained-ema.safetensors")
     trained = load_file(folder / "run" / "trained.safetensors")

@@ -1,4 +1,4 @@
-"""A tiny model, pictures, cached text features and a configuration, for the tests of training."""
+"""A tiny model, images, cached text features and a configuration, for the tests of training."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from l2p_fast import train
 from l2p_fast.errors import run_cli
 from l2p_fast.formats.write import save_single_file
 from l2p_fast.models.zimage import L2PTransformer2DModel
+from l2p_fast.training import loop  # noqa: F401  for the children
 from l2p_fast.training.data import Features
 from l2p_fast.training.monitor import read_log
 
-PICTURES = 10
-# Children start from a process that has imported everything and run nothing.
+IMAGES = 10
+# Children start from a process that has imported everything and run nothing. Before Python 3.14 it knows no sys.path
+# but the environment's, and would import nothing without a word.
+_PATHS = [str(Path(__file__).parent), str(Path(train.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tiny_training"])
 
@@ -43,7 +47,7 @@ def make_world(folder: Path, patch: int = 16, side: int = 32, layers: int = 3) -
     save_single_file(tiny_model(patch, layers), folder / "base.safetensors")
     rng = np.random.default_rng(0)
     (folder / "data").mkdir()
-    rows = [(f"{i}.png", f"picture {i}", i) for i in range(PICTURES)]
+    rows = [(f"{i}.png", f"picture {i}", i) for i in range(IMAGES)]
     for name, _, _ in rows:
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         coarse.resize((side, side), Image.Resampling.BICUBIC).save(folder / "data" / name)
