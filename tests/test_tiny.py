@@ -107,7 +107,7 @@ def test_transfer_starts_from_the_source_and_the_smaller_patch():
     large = transfer.initial_model(small, 64)
     patch = torch.randn(1, 3, 16, 16)
     enlarged = patch.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    torch.testing.assert_close(small._embed_image(patch)[:, 0], large._embed_image(enlarged)[:, 0])
+    torch.testing.assert_close(small.embed_image(patch)[:, 0], large.embed_image(enlarged)[:, 0])
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def follow(
     text = [torch.zeros(1, coarser.config.cap_feat_dim, device=device)]
 
     def front(model: L2PTransformer2DModel, x: Tensor, t: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        temb, out = model._embed_time(t), model._embed_image(x)
+        temb, out = model.embed_time(t), model.embed_image(x)
         for block in model.noise_refiner:
             out = block(out, rope, temb=temb)
         return temb, out

@@ -277,7 +277,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         if step is None:
             if t is None or t.shape != (batch,):
                 raise UserError(f"t must be ({batch},), one per sample, got {None if t is None else tuple(t.shape)}")
-            temb = self._embed_time(t.to(pixels.device))
+            temb = self.embed_time(t.to(pixels.device))
         else:
             steps = 0 if cond.modulations is None else cond.modulations[0].shape[0]
             if not 0 <= step < steps:
@@ -285,7 +285,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
             modulations = [m[step : step + 1] for m in cond.modulations]
 
         grid = height // self.patch_size, width // self.patch_size
-        x = self._embed_image(pixels)
+        x = self.embed_image(pixels)
         refiners = len(self.noise_refiner)
         for block, modulation in zip(self.noise_refiner, modulations[:refiners], strict=True):
             x = self._run(block, x, cond.rope_image, ALL_KEYS, temb, modulation)
@@ -342,7 +342,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         if timesteps is not None:
             if timesteps.ndim != 1:
                 raise UserError(f"timesteps must be (steps,), got {tuple(timesteps.shape)}")
-            temb, modulations = self._embed_time(timesteps.to(device)), []
+            temb, modulations = self.embed_time(timesteps.to(device)), []
             for block in self.modulated_blocks:
                 with _onloaded(block):
                     modulations.append(block.adaLN_modulation(temb))
@@ -365,10 +365,11 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 
-    def _embed_time(self, t: Tensor) -> Tensor:
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Model times 1 - sigma (B,) -> the embedding (B, A) that modulates the blocks."""
         return self.t_embedder(t.float() * self.config.t_scale, self.x_pad_token.dtype)
 
-    def _embed_image(self, pixels: Tensor) -> Tensor:
+    def embed_image(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, D), filled up to a multiple of 32."""
         patches = patchify(pixels, self.patch_size, dtype=self.x_pad_token.dtype)
         x = self.all_x_embedder[f"{self.patch_size}-1"](patches)

@@ -33,7 +33,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..errors import FieldError, UserError
 from ..formats.lora import load_lora
-from ..formats.pipeline import PipelineFolder, read_pipeline
+from ..formats.pipeline_folder import PipelineFolder, read_pipeline
 from ..loading import load_model, load_text_encoder
 from ..models.text import MAX_TOKENS, encode_prompts
 from ..models.zimage import L2PTransformer2DModel

@@ -16,7 +16,7 @@ from ...ops import decoder_weights, encoder_weights, head_decode, head_encode
 from .bands import Rows
 
 if TYPE_CHECKING:
-    from .head import DetailerHead
+    from .unet import DetailerHead
 
 
 def silu(x: Tensor) -> Tensor:
