@@ -126,15 +126,12 @@ def merge(args: argparse.Namespace) -> None:
     shapes = delta.shapes
     unknown = [delta.tensors[key].name for key in shapes if key not in wanted]
     wrong = misshapen(shapes, wanted)
-    if unknown:
-        raise UserError(
-            f"{delta.path}: {len(unknown)} tensors are not in the base ({few(unknown)}); "
-            "give the base it was trained from (same patch size)"
-        )
-    if wrong:
-        raise UserError(
-            f"{delta.path}: {len(wrong)} tensors are misshapen ({few(wrong)}); give the base it was trained from"
-        )
+    for bad, problem in ((unknown, "not in the base"), (wrong, "misshapen")):
+        if bad:
+            raise UserError(
+                f"{delta.path}: {len(bad)} tensors are {problem} ({few(bad)}); "
+                "give the base it was trained from (same patch size)"
+            )
     path = _prepare_out(args.out, args.overwrite, delta, base)
     from .formats.write import Piece
 

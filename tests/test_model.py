@@ -64,6 +64,7 @@ def test_blocks_are_named_in_order_of_execution():
     modulations = model.prepare([torch.randn(5, 24)], 64, 64, timesteps=torch.tensor([0.5])).modulations
     assert len(modulations) == len(model.modulated_blocks) == 3
     assert model.head is model.local_decoder
+    assert {name.split(".")[0] + "." for name in model.state_dict()} > set(model.pixel_parts)
     assert {name.split(".")[0] + "." for name in model.state_dict()} > set(PIXEL_PARTS)
 
 

@@ -33,6 +33,7 @@ ROWS = (
     ("training", "serving"),
 )
 RANK = {part: rank for rank, parts in enumerate(ROWS) for part in parts}
+COMMANDS = [path for path in MODULES if path.parent == PACKAGE and path.stem not in (*RANK, "__init__")]
 
 
 def part_of(path: Path) -> str:
@@ -67,6 +68,17 @@ def test_arrows(path):
     part = part_of(path)
     for other in parts_imported(path) - {part}:
         assert RANK.get(other, len(ROWS)) < RANK.get(part, len(ROWS)), f"{part} must not import {other}"
+
+
+@pytest.mark.parametrize("path", COMMANDS, **by_path)
+def test_commands_are_thin(path):
+    assert len(path.read_text().splitlines()) <= 250
+
+
+@pytest.mark.parametrize("path", [*MODULES, *OUTSIDE], **by_path)
+def test_commands_are_not_imported(path):
+    commands = {command.stem for command in COMMANDS}
+    assert not commands & (parts_imported(path) - {part_of(path) if path in MODULES else None})
 
 
 def is_private(name: str) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..formats.checkpoint import Checkpoint
+from ..formats.shapes import PIXEL_PARTS
 from ..ops import patchify
 from ..variants import OF_PATCH
 from .attention import Ragged
@@ -96,6 +97,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     _skip_layerwise_casting_patterns = ["t_embedder", "cap_embedder", "norm"]
     # Small or sensitive linears: for `llm_int8_skip_modules` and the like. The head's convolutions are never quantized.
     quantization_skip_modules = ["t_embedder", "cap_embedder", "all_x_embedder", "adaLN_modulation"]
+    pixel_parts = PIXEL_PARTS
 
     @register_to_config
     def __init__(
