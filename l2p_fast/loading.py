@@ -49,8 +49,7 @@ def load_model(
     checkpoint = Checkpoint(path)
     model = build_empty(checkpoint.l2p_config(**overrides))
     if quantize is not None:
-        for _, block in model.blocks():
-            products.quantize_block(block, quantize)
+        products.quantize_blocks(model, quantize)
     checkpoint.fill(model, dtype, device)
     return model.eval()
 
@@ -97,7 +96,8 @@ def _text_folder(source: str | os.PathLike) -> Path:
         raise UserError(f"{name} does not exist; give a folder with text_encoder/ and tokenizer/ in it")
     from huggingface_hub import snapshot_download
 
-    wanted = ["text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*"]
+    wanted = ["text_encoder/*.json", "text_encoder/*.safetensors"]
+    wanted += [f"tokenizer/*.{end}" for end in ("json", "txt", "jinja")]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:

@@ -220,6 +220,21 @@ def test_merging_into_8_bits_follows_their_scale(tmp_path, bits):
     assert (got - wanted).norm() / wanted.norm() < 0.06
 
 
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+def test_an_adapter_over_8_bits(tmp_path, bits):
+    save_file(pair(MODULE, rows=32, columns=32), tmp_path / "l.safetensors")
+    model = tiny_transformer().to(torch.bfloat16)
+    quantize(model, bits)
+    x, (a, b) = torch.randn(1, 32, 32, dtype=torch.bfloat16), read_lora(model, tmp_path / "l.safetensors")[MODULE]
+    with torch.no_grad():
+        plain = model.get_submodule(MODULE)(x).float()
+        load_lora(model, tmp_path / "l.safetensors", 0.1, adapter="style")
+        wanted, got = plain + 0.1 * x.float() @ a.T @ b.T, model.get_submodule(MODULE)(x).float()
+        assert (got - wanted).norm() / wanted.norm() < 0.02 < (wanted - plain).norm() / wanted.norm()
+        model.disable_adapters()
+        assert torch.equal(model.get_submodule(MODULE)(x).float(), plain)
+
+
 def test_bare_float8_weights_are_refused(tmp_path):
     save_file(pair(MODULE), tmp_path / "l.safetensors")
     model = tiny()

@@ -6,6 +6,7 @@ from tiny_pipeline import tiny_transformer
 from torch import nn
 
 from l2p_fast.errors import UserError
+from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.quantize.products import DTYPES, LowBitLinear, encode, lowbit_linear, lowbit_linear_reference, quantize
 
 ERROR = {"fp8": 0.05, "int8": 0.02}  # of a product of normal numbers: 3 bits of mantissa, 7 bits of range
@@ -45,6 +46,13 @@ def test_model(name):
     assert (layer.weight.float() * layer.weight_scale - weight.float()).norm() / weight.float().norm() < ERROR[name]
     untouched = [m for m in model.modules() if isinstance(m, nn.Linear)]
     assert untouched and all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_a_model_whose_sizes_8_bits_do_not_take():
+    model = L2PTransformer2DModel(dim=24, n_layers=1, n_refiner_layers=1, n_heads=1, n_kv_heads=1, cap_feat_dim=8,
+                                  axes_dims=(8, 8, 8), head_width=0.05)  # fmt: skip
+    with pytest.raises(UserError, match="multiples of 16"):
+        quantize(model, "int8")
 
 
 def test_unknown_name():

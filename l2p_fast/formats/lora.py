@@ -194,7 +194,8 @@ def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0, adapter: s
         path: the .safetensors file (or a folder with one).
         scale: multiplies the LoRA; -scale takes a merged one out again (up to rounding).
         adapter: None merges into the weights (W += scale * alpha/rank * B A, computed in fp32; weights in 8 bits are
-            rounded anew); a name adds a PEFT adapter of that name instead, which can be switched off or reweighted.
+            rounded anew); a name adds a PEFT adapter of that name instead, which can be switched off or reweighted and
+            leaves the weights, whatever their bits, as they are.
 
     Raises:
         UserError: see `read_lora`; merging into weights that can't take it; a sum that is not finite.
@@ -203,10 +204,7 @@ def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0, adapter: s
         raise UserError(f"a LoRA's scale must be a finite number, got {scale}")
     pairs = read_lora(model, path)
     if adapter is not None:
-        state = {}
-        for module, (a, b) in pairs.items():
-            state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = a, b
-        model.load_lora_adapter(state, prefix=None, adapter_name=adapter)
+        _add_adapter(model, pairs, adapter)
         model.set_adapters([adapter], [scale])
         return len(pairs)
     closed = [name for name in pairs if not _takes_sums(model.get_submodule(name))]
@@ -231,6 +229,18 @@ def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0, adapter: s
                 elif apply:
                     module.weight.copy_(changed)
     return len(pairs)
+
+
+def _add_adapter(model: nn.Module, pairs: Pairs, adapter: str) -> None:
+    state = {}
+    for name, (a, b) in pairs.items():
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a, b
+    model.load_lora_adapter(state, prefix=None, adapter_name=adapter)
+    for name, matrices in pairs.items():  # PEFT gives them the dtype of what they lie over, also where that is 8 bits
+        layer = model.get_submodule(name)
+        if layer.weight.dtype.itemsize == 1:
+            for part, value in zip((layer.lora_A, layer.lora_B), matrices, strict=True):
+                part[adapter].weight.data = value.to(part[adapter].weight.device, model.dtype)
 
 
 def _takes_sums(module: nn.Module) -> bool:

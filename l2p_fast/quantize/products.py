@@ -48,8 +48,10 @@ def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
-class LowBitLinear(nn.Module):
-    """A bias-free linear layer that holds ``weight`` (N, K) in 8 bits and ``weight_scale`` (N, 1) in fp32.
+class LowBitLinear(nn.Linear):
+    """A bias-free linear layer that holds ``weight`` (N, K) in 8 bits and ``weight_scale`` (N, 1) in fp32, as buffers.
+
+    PEFT takes it for a linear layer, so adapters can be put over it.
 
     Args:
         shape: (N, K).
@@ -58,7 +60,9 @@ class LowBitLinear(nn.Module):
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu"):
-        super().__init__()
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape
+        self.register_parameter("bias", None)
         self.register_buffer("weight", torch.empty(shape, dtype=dtype, device=device))
         self.register_buffer("weight_scale", torch.empty(shape[0], 1, device=device))
         self.squares = (0.0, 0.0)  # sums over the weight: of what rounding changed, and of the values
@@ -97,7 +101,7 @@ class LowBitLinear(nn.Module):
         return super()._apply(move, recurse)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {self.weight.dtype}"
+        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
 
 
 def check(name: str, device: torch.device) -> None:
@@ -119,7 +123,7 @@ def quantize_block(block: nn.Module, name: str) -> None:
     Layers on the meta device are replaced by empty ones, to be filled by `LowBitLinear.load_weight`.
     """
     for path, layer in list(block.named_modules()):
-        if not isinstance(layer, nn.Linear) or layer.bias is not None:
+        if type(layer) is not nn.Linear or layer.bias is not None:
             continue
         weight = layer.weight.detach()
         if any(size % MULTIPLE for size in weight.shape):
@@ -128,6 +132,20 @@ def quantize_block(block: nn.Module, name: str) -> None:
         if not weight.is_meta:
             rounded.load_weight([weight], weight.device)
         block.set_submodule(path, rounded)
+
+
+def quantize_blocks(model: nn.Module, name: str) -> None:
+    """`quantize_block` for each of ``model.blocks()``.
+
+    Raises:
+        UserError: no layer has sizes that 8-bit products take.
+    """
+    for _, block in model.blocks():
+        quantize_block(block, name)
+    if not any(isinstance(module, LowBitLinear) for module in model.modules()):
+        raise UserError(
+            f"quantize: {name} products need sizes that are multiples of {MULTIPLE}; no layer has; leave it out"
+        )
 
 
 def weight_error(model: nn.Module) -> float | None:
@@ -169,6 +187,5 @@ def quantize(model: nn.Module, name: str) -> float:
     """
     check(name, model.device)
     before = _probe(model)
-    for _, block in model.blocks():
-        quantize_block(block, name)
+    quantize_blocks(model, name)
     return float((_probe(model) - before).norm() / before.norm())

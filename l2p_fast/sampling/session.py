@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from .. import __version__, ops
 from ..errors import FieldError
 from ..models import attention
-from ..quantize.products import weight_error
+from ..quantize import products
 from ..variants import OF_PATCH
 from .drawing import Drawing, read_image
 from .facts import check_text_encoder, find_model
@@ -98,11 +98,13 @@ class Session:
         transformers_logging.disable_progress_bar()
         at_once = device if setup.offload == "none" else torch.device("cpu")
         quantize = None if setup.quantize == "none" else setup.quantize
+        if quantize:
+            products.check(quantize, device)  # before it is loaded, and where offloading will run it
         pipe = load_pipeline(facts.path, setup.text_encoder, dtype, at_once, quantize)
         if setup.head_memory_mb is not None:
             pipe.transformer.head.memory_mb = setup.head_memory_mb
         if quantize:
-            why += f", blocks in {quantize} (weights {weight_error(pipe.transformer):.1%} off)"
+            why += f", blocks in {quantize} (weights {products.weight_error(pipe.transformer):.1%} off)"
         if setup.compile:
             pipe.transformer.compile_repeated_blocks()
         if setup.offload == "model":
