@@ -53,8 +53,12 @@ def test_named_files_are_there(page):
     assert not lost and (places or page == "README.md")
 
 
-def test_readme_is_short():
-    assert len(PAGES["README.md"].splitlines()) <= 170
+def test_readme():
+    """It is short, and what CI runs stands behind its markers."""
+    text = PAGES["README.md"]
+    assert len(text.splitlines()) <= 170
+    for marker, command in (("sample", "python -m l2p_fast.sample"), ("test", "python -m pytest")):
+        assert re.search(rf"<!-- {marker}-command -->\n```bash\n.*{command}.*\n```", text)
 
 
 def test_python_compiles():
