@@ -39,7 +39,7 @@ def euler(call, noise: torch.Tensor, sigmas: torch.Tensor, device: str) -> torch
     x = noise.to(device)
     for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
         t = torch.full((1,), 1 - sigma, device=device)
-        x = flow.euler_step(x, flow.velocity(call(x, t).float()), sigma, following)
+        x = flow.advance(x, flow.velocity(call(x, t).float()), sigma, following)
     return x
 
 

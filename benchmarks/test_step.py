@@ -43,7 +43,7 @@ SIGMA, NEXT = 0.5, 0.4
 
 
 def step(raw: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return flow.euler_step(x, flow.velocity(raw.float()), SIGMA, NEXT)
+    return flow.advance(x, flow.velocity(raw.float()), SIGMA, NEXT)
 
 
 def prepared(model: L2PTransformer2DModel, cap: torch.Tensor, t: torch.Tensor, side: int):

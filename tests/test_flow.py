@@ -29,7 +29,7 @@ def test_a_perfect_model_returns_the_picture():
     x = flow.add_noise(x0, eps, s[0])
     for now, after in zip(s[:-1], s[1:], strict=True):
         torch.testing.assert_close(x, flow.add_noise(x0, eps, now))
-        x = flow.euler_step(x, flow.velocity(flow.target(x0, eps)), now, after)
+        x = flow.advance(x, flow.velocity(flow.target(x0, eps)), now, after)
     torch.testing.assert_close(x, x0)
 
 

@@ -103,7 +103,7 @@ def test_golden_run():
     cond = model.prepare([io["sample.pos"], io["sample.neg"]], *x.shape[-2:], timesteps=1 - sigmas[:-1])
     for i in range(6):
         v_pos, v_neg = flow.velocity(model(x.expand(2, -1, -1, -1), cond=cond, step=i)).split(1)
-        x = flow.euler_step(x, flow.guide(v_pos, v_neg, 2.0), sigmas[i], sigmas[i + 1])
+        x = flow.advance(x, flow.guide(v_pos, v_neg, 2.0), sigmas[i], sigmas[i + 1])
     assert error(x[kept], io["sample.final"]) <= 1e-4
 
 

@@ -112,7 +112,7 @@ def test_run_equals_the_plain_loop_over_forward(pipe):
     with torch.no_grad():
         for s, s_next in zip(sigmas[:-1], sigmas[1:], strict=True):
             v_pos, v_neg = (flow.velocity(pipe.transformer(x, (1 - s).expand(2), caps)) for caps in (pos, neg))
-            x = flow.euler_step(x, flow.guide(v_pos, v_neg, g), s, s_next)
+            x = flow.advance(x, flow.guide(v_pos, v_neg, g), s, s_next)
     for batched in (True, False):
         out = pipe(prompts, "blurry", noise=noise, output_type="latent", cfg_batch=batched, **SMALL).images
         assert (out - x).norm() / x.norm() < 1e-5

@@ -1,6 +1,6 @@
-"""Rectified flow as pure functions: the schedule, the noising, the Euler step and guidance.
+"""Rectified flow as pure functions: the schedule, the noising, a step along the velocity and guidance.
 
-x_sigma = (1 - sigma) * x0 + sigma * eps runs from the picture (sigma = 0) to noise (sigma = 1). The network sees the
+x_sigma = (1 - sigma) * x0 + sigma * eps runs from the image (sigma = 0) to noise (sigma = 1). The network sees the
 time t = 1 - sigma and returns ``raw`` = x0 - eps, the negative of the velocity dx/dsigma = eps - x0. Left out: samplers
 of higher order.
 """
@@ -46,7 +46,7 @@ def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
     return (1 - sigma) * x0 + sigma * eps
 
 
-def euler_step(x: Tensor, v: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
+def advance(x: Tensor, v: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
     """The state at ``sigma_next`` from the one at ``sigma``, along the velocity ``v``."""
     return x + v * (sigma_next - sigma)
 

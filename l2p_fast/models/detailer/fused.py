@@ -36,12 +36,12 @@ class Library:
 
     def encode(
         self, k: int, x: Tensor, held: Rows, rows: Rows, keep: bool = True, pool: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         enc, _, _ = self.head.convolutions(k)
         needed = rows.grow(1)
         window = needed.of(x, held).to(self.dtype, memory_format=torch.channels_last)
         skip = silu(rows.of(enc(window), needed))
-        return skip, F.max_pool2d(skip, 2) if pool else None
+        return skip if keep else None, F.max_pool2d(skip, 2) if pool else None
 
     def decode(self, k: int, x: Tensor, held: Rows, skip: Tensor, skip_held: Rows, rows: Rows) -> Tensor:
         _, up, dec = self.head.convolutions(k)
@@ -81,7 +81,7 @@ class Kernels:
 
     def encode(
         self, k: int, x: Tensor, held: Rows, rows: Rows, keep: bool = True, pool: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         if k >= len(self.encoders):
             return self.inner.encode(k, x, held, rows, keep, pool)
         skip, pooled = head_encode(
