@@ -21,6 +21,7 @@ from .sampling.drawing import FORMATS, LARGEST_SIDE, read_image, read_settings
 from .sampling.facts import BUNDLED, ModelFacts, check_memory, check_text_encoder, find_model
 from .sampling.jobs import Job, is_finished, plan_jobs, read_prompts
 from .sampling.request import Request, Setup, check_number, check_size, choose
+from .startup import all_stays, hide_unused
 
 if TYPE_CHECKING:
     from .sampling.session import Session
@@ -170,9 +171,10 @@ def run(argv: list[str] | None = None) -> int:
     if not jobs:
         return 0
 
-    from .sampling.session import Session
+    with all_stays():
+        from .sampling.session import Session
 
-    session = Session.load(setup, max(request.height, request.width))
+        session = Session.load(setup, max(request.height, request.width))
     for line in session.report:
         print(line)
     print(f"attention  {session.choose_attention(request.height, request.width)}", flush=True)
@@ -198,5 +200,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.modules.setdefault("bitsandbytes", None)  # diffusers would import it, a second, for what nothing here uses
+    hide_unused()
     run_cli(main)

@@ -33,3 +33,16 @@ def test_ops_load_no_model_libraries():
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = l2p_fast.Nothing
+
+
+def test_what_a_quick_start_leaves_out():
+    code = (
+        "from l2p_fast import startup; startup.hide_unused(); import gc, importlib.util, sys\n"
+        "with startup.all_stays():\n"
+        "    assert not gc.isenabled()\n"
+        "    import l2p_fast.sampling.session, l2p_fast.loading\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "assert not any(importlib.util.find_spec(name) for name in startup.UNUSED)\n"
+        "assert 'torch' in sys.modules and not any(sys.modules[name] for name in startup.UNUSED)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
