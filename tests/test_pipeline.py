@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tiny_pipeline import FEATURES, save_tiny, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
@@ -369,7 +370,7 @@ def test_offload():
         assert torch.equal(pipe("a", generator=seeded(), output_type="pt", **SMALL).images, wanted)
 
 
-def test_prepare_runs_inside_the_hook_of_an_offloaded_model(monkeypatch):
+def test_prepare_runs_inside_the_hook_of_an_offloaded_model():
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     pipe, events = tiny_pipeline(), []
@@ -383,11 +384,26 @@ def test_prepare_runs_inside_the_hook_of_an_offloaded_model(monkeypatch):
             events.append("unload")
             return output
 
-    prepare = pipe.transformer.prepare
-    monkeypatch.setattr(pipe.transformer, "prepare", lambda *a, **k: events.append("prepare") or prepare(*a, **k))
+    pipe.transformer.cap_embedder.register_forward_hook(lambda *_: events.append("prepare"))
     add_hook_to_module(pipe.transformer, Hook())
     pipe("a", **SMALL)
     assert events == ["load", "prepare", "unload"] + ["load", "unload"] * 3
+
+
+def test_caches():
+    """Steps are skipped within a run; the next run starts anew."""
+    pipe, calls = tiny_pipeline(), []
+    plain = pipe("a", output_type="np", generator=seeded(), **SMALL).images
+    pipe.transformer.layers[-1].attention.to_q.register_forward_hook(lambda *_: calls.append(1))
+    for threshold, ran in ((0.0, 3), (1e3, 1)):
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        for cfg_batch, rows in (("auto", 1), (False, 2)):
+            how = {"cfg_batch": cfg_batch, "output_type": "np"} | SMALL
+            runs = [pipe("a", generator=seeded(), **how).images for _ in range(2)]
+            assert np.array_equal(*runs) and len(calls) == 2 * ran * rows
+            assert threshold or np.abs(runs[0] - plain).max() < 1e-4
+            calls.clear()
+        pipe.transformer.disable_cache()
 
 
 # --- files ---

@@ -444,16 +444,17 @@ def build_empty(config: Mapping[str, Any]) -> L2PTransformer2DModel:
 def _onloaded(module: nn.Module) -> Iterator[None]:
     """Bring a module's weights where they compute, around what is not its ``forward``, which alone hooks see.
 
-    Between its turns diffusers' group offloading leaves a group's weights on another device, or empty, on the disk.
+    Between its turns offloading (accelerate's, or diffusers' in groups) leaves weights on another device, or empty.
     """
     registry = getattr(module, "_diffusers_hook", None)
-    hook = registry.get_hook("group_offloading") if registry is not None else None
-    if hook is not None:
+    hooks = [getattr(module, "_hf_hook", None), registry and registry.get_hook("group_offloading")]
+    hooks = [hook for hook in hooks if hook is not None]
+    for hook in hooks:
         hook.pre_forward(module)
     try:
         yield
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.post_forward(module, None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -179,18 +179,23 @@ class Predictor:
             rows = range(start, min(start + self.rows_at_once, total))
             key = rows.start, rows.stop
             if key not in self._conditions:
-                with _awake(self.transformer):
-                    self._conditions[key] = self.transformer.prepare(
-                        self.caps[rows.start : rows.stop], *self.size, timesteps=self.times
-                    )
+                self._conditions[key] = self.transformer.prepare(
+                    self.caps[rows.start : rows.stop], *self.size, timesteps=self.times
+                )
             samples = [row % self.batch for row in rows]
             x = pixels if samples == list(range(self.batch)) else pixels[samples]
             t = self.times[step].expand(len(rows))
-            raw.append(self.transformer(x, t, cond=self._conditions[key], step=step))
+            with self._cache(f"{key} at {self.size}"):
+                raw.append(self.transformer(x, t, cond=self._conditions[key], step=step))
         if len(raw) > total // self.batch:  # row by row
             raw = [torch.cat(raw)]
         halves = raw[0].split(self.batch) if len(raw) == 1 else raw
         return halves[0], halves[1] if len(halves) > 1 else None
+
+    def _cache(self, name: str) -> contextlib.AbstractContextManager:
+        """What diffusers' caches keep for other rows, or for another size, must not be mixed with this call's."""
+        enabled = getattr(self.transformer, "is_cache_enabled", False)
+        return self.transformer.cache_context(name) if enabled else contextlib.nullcontext()
 
     def _retreat(self) -> bool:
         """Choose a smaller way of running and say so; False: there is none."""
@@ -217,16 +222,3 @@ class Predictor:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether ``error`` says that a device, or the host, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def _awake(module: nn.Module) -> Iterator[None]:
-    """Run an offloaded module's hook around a method other than ``forward``, which alone the hook would see."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.post_forward(module, None)
