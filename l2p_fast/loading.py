@@ -87,12 +87,11 @@ def load_text_encoder(
 
 
 def _text_folder(source: str | os.PathLike) -> Path:
-    path = Path(source)
-    if path.exists():
+    path, name = Path(source), os.fspath(source)
+    if os.path.exists(path):
         return path
-    name = os.fspath(source)
     # A mistyped path must not become a question to the hub.
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.parent.exists():
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or os.path.exists(path.parent):
         raise UserError(f"{name} does not exist; give a folder with text_encoder/ and tokenizer/ in it")
     from huggingface_hub import snapshot_download
 

@@ -398,8 +398,8 @@ CASES = {
         "nested too deeply",
     ),
     "config too long": (
-        lambda folder: save(folder, good()) and (folder / "config.json").write_text(" " * (17 << 20)) and folder,
-        "over 16 MB",
+        lambda folder: save(folder, good()) and (folder / "config.json").write_text(" " * (2 << 20)) and folder,
+        "over 1 MB",
     ),
     "config no object": (
         lambda folder: save(folder, good()) and (folder / "config.json").write_text("[]") and folder,

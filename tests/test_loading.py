@@ -1,6 +1,7 @@
 """Loading: quantized on the way, little memory, text encoders and pipeline folders that are whole and only data."""
 
 import json
+import socket
 import subprocess
 import sys
 import textwrap
@@ -253,7 +254,7 @@ def test_a_mistyped_folder_asks_no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
-    for name in ("weights/z-image", str(tmp_path / "none"), "none", "../none/there", "a/b/c", "a\0/b"):
+    for name in ("weights/z-image", str(tmp_path / "none"), "none", "../none/there", "a/b/c", "a\0/b", "a" * 300):
         with pytest.raises(UserError, match="does not exist"):
             load_text_encoder(name)
 
@@ -282,8 +283,9 @@ def test_pipeline_folder(pipeline):
     assert pipe.scheduler.config.shift == 5.0 and pipe.tokenizer.chat_template == TEMPLATE
 
 
-def test_a_folders_code_and_classes_are_never_used(pipeline, tmp_path):
-    """Python files, remote code and components of any class lie in the folder; nothing of it is imported."""
+def test_a_folders_code_and_classes_are_never_used(pipeline, tmp_path, monkeypatch):
+    """Python files, remote code and components of any class lie in the folder; nothing of it is imported or fetched."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("reached for the network"))
     evil = f"open({str(tmp_path / 'ran')!r}, 'w').write('ran')\nclass Evil: pass\n"
     for place in ("", "transformer", "text_encoder", "tokenizer", "scheduler"):
         for name in ("evil.py", "pipeline.py", "modeling.py", "__init__.py"):

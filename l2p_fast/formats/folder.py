@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..errors import UserError, few
 from .header import Stored, load_json, read_header
 
+CONFIG_LIMIT = 1 << 20  # bytes of a config.json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _STANDARD = tuple(
     f"{stem}.safetensors{end}" for stem in ("diffusion_pytorch_model", "model") for end in ("", ".index.json")
@@ -60,7 +61,7 @@ def _find(path: Path, part: str) -> _Files:
     if (path / part).is_dir():
         path = path / part
     entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    config = load_json(path / "config.json") if path / "config.json" in entries else {}
+    config = load_json(path / "config.json", CONFIG_LIMIT) if path / "config.json" in entries else {}
     indexes = [p for p in entries if p.name.endswith(".safetensors.index.json")]
     weights = [p for p in entries if p.suffix == ".safetensors" and p.is_file()]
     if len(indexes) > 1 or (not indexes and len(weights) > 1):

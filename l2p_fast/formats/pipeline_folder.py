@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..variants import SHIFT
+from .folder import CONFIG_LIMIT
 from .header import load_json
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -35,13 +36,13 @@ def read_pipeline(folder: str | Path) -> PipelineFolder:
         UserError: damaged, a component of another class, or a value out of range.
     """
     path = Path(folder) / "model_index.json"
-    index = load_json(path)
+    index = load_json(path, CONFIG_LIMIT)
     named = index.get("scheduler")
     if named is not None and not (isinstance(named, list) and named and named[-1] == SCHEDULER):
         raise UserError(f"{path}: its scheduler is {named!r:.80}; L2P is sampled with {SCHEDULER}")
     defaults = _checked(index, _DEFAULTS, path)
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    scheduler = load_json(path) if path.exists() else {}
+    scheduler = load_json(path, CONFIG_LIMIT) if path.exists() else {}
     for name in ("use_dynamic_shifting", "stochastic_sampling", "invert_sigmas"):
         if scheduler.get(name):
             raise UserError(f"{path}: {name} is set, which L2P's schedule has not; use {name}=false")

@@ -17,7 +17,7 @@ from .header import AGAIN, Stored, load_json
 from .quantized import attach_scales
 
 TOKENIZER_LIMIT = 64 << 20  # bytes of tokenizer.json; Qwen3's has 11 MB
-TEMPLATE_LIMIT = 1 << 20
+TEMPLATE_LIMIT = 1 << 20  # bytes of a chat template
 
 _SIZES = {
     "vocab_size": (1, 1 << 20),
