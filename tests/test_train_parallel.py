@@ -44,7 +44,7 @@ def needs(kind):
 def test_two_processes_train_as_one(tmp_path, kind, tolerance):
     needs(kind)
     config = make_world(tmp_path)
-    settings = [f"optim.kind={kind}", "steps=20", "save_every=100", "optim.clip=1", "data.grids.0.batch=4"]
+    settings = [f"optim.kind={kind}", "steps=6", "save_every=100", "optim.clip=1", "data.grids.0.batch=4"]
     main([str(config), *settings, f"run={tmp_path / 'one'}"])
     run_ranks(2, [config, *settings, "accumulation=2", f"run={tmp_path / 'two'}"], tmp_path / "log")
     close(tmp_path / "one", tmp_path / "two", tolerance)
@@ -56,9 +56,9 @@ def test_saved_on_some_processes_resumed_on_others(tmp_path, kind, tolerance, fi
     needs(kind)
     config = make_world(tmp_path)
     settings = [f"optim.kind={kind}", "save_every=100", "ema.decay=0.9", f"run={tmp_path / 'changed'}"]
-    whole = [*settings[:-1], f"run={tmp_path / 'whole'}", "steps=8"]
+    whole = [*settings[:-1], f"run={tmp_path / 'whole'}", "steps=4"]
     main([str(config), *whole])
-    for world, steps in ((first, 4), (3 - first, 8)):
+    for world, steps in ((first, 2), (3 - first, 4)):
         if world == 1:
             main([str(config), *settings, f"steps={steps}"])
         else:
@@ -122,7 +122,7 @@ def test_unreadable_pictures_count_once(tmp_path, missing, code):
 
 def test_fp32_weights_with_bf16_products(tmp_path):
     config = make_world(tmp_path)
-    settings = ["model.compute=bfloat16", "steps=3", "freeze.policy=published"]
+    settings = ["model.compute=bfloat16", "steps=2", "freeze.policy=published"]
     main([str(config), *settings, f"run={tmp_path / 'one'}"])
     run_ranks(2, [config, *settings, "--hybrid", f"run={tmp_path / 'two'}"], tmp_path / "log")
     close(tmp_path / "one", tmp_path / "two", 0.02)
