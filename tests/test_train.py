@@ -19,6 +19,7 @@ from l2p_fast import convert, plot
 from l2p_fast.errors import UserError
 from l2p_fast.formats.checkpoint import Checkpoint
 from l2p_fast.loading import load_model
+from l2p_fast.models.zimage import L2PTransformer2DModel
 from l2p_fast.training import state as checkpoints
 from l2p_fast.training.monitor import read_log
 from l2p_fast.training.plots import plain_log_scale, smooth
@@ -151,6 +152,18 @@ def test_axes_have_plain_numbers(values, ticks):
 
 
 SHEETS = ("log.sample_every=2", "log.prompts=[picture 1]", "log.sample_steps=1", "log.height=32", "log.width=32")
+
+
+def test_a_sheet_that_is_not_finite_does_not_end_the_training(world, monkeypatch, capsys):
+    run, folder = world
+    forward = L2PTransformer2DModel.forward
+    monkeypatch.setattr(
+        L2PTransformer2DModel, "forward",
+        lambda *a, **k: forward(*a, **k) * (1 if torch.is_grad_enabled() else float("nan")),
+    )  # fmt: skip
+    assert run("steps=2", *SHEETS) == 0
+    assert "warning: no sample sheet: the image is not finite after step 1" in capsys.readouterr().out
+    assert not (folder / "run/samples").exists() and (folder / "run/trained.safetensors").exists()
 
 
 def test_wandb_goes_on_in_the_same_run(world, monkeypatch):

@@ -6,6 +6,7 @@ A run lives in one folder and goes on where it was when it is started again.
 from __future__ import annotations
 
 import math
+import reprlib
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -92,14 +93,14 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
 
     saved = state.step if place is not None and place == run.last() else -1
     mark = time.monotonic()
-    with monitor, Stop() as stop:
-        while state.step < config.steps and not stop.agreed and not out_of_time(config, state):
+    with monitor, Halt() as halt:
+        while state.step < config.steps and not halt.agreed and not out_of_time(config, state):
             batches = stream.next()
             optimizer.lr = config.optim.lr * schedule(config, state.step, state.seconds)
             of_sigma = backward(model, batches, features, config, workers.device)
             squared, left_alone = optimizer.finish() if config.optim.fused else (optimizer.squared_norm(), 0)
             took, mark = time.monotonic() - mark, time.monotonic()
-            told = Told.by_all(workers, of_sigma, squared / copies, left_alone, stop.asked, stream.new_bad(), took)
+            told = Told.by_all(workers, of_sigma, squared / copies, left_alone, halt.asked, stream.new_bad(), took)
             if not config.optim.fused:
                 if told.finite:
                     optimizer.clip(told.norm, config.optim.clip)
@@ -119,7 +120,7 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
             new_bad = stream.learn(told.bad)
             state.step += 1
             state.seconds += told.seconds
-            stop.agreed = told.stop
+            halt.agreed = told.stop
             run.check()
             monitor.step(
                 state.step, loss=told.loss, of_sigma=told.of_sigma, norm=told.norm, lr=optimizer.lr,
@@ -129,18 +130,19 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
             if state.step % config.save_every == 0:
                 saved = save()
             if sheets.due(state.step):
-                sheet = sheets.draw(lambda: stop.agree(workers))
+                sheet = sheets.draw(lambda: halt.agree(workers), monitor.say)
                 if sheet is not None:
                     monitor.show(state.step, sheet)
         if saved != state.step:
             saved = save()
         if state.skipped_in_row:
             monitor.say(f"the last {state.skipped_in_row} steps were skipped as not finite; {last_good(run)}")
-    if stop.agreed:
-        monitor.say(f"stopped by a signal; step {max(saved, 0)} is saved, the same command goes on")
+    if halt.agreed:
+        kept = f"step {saved} is saved" if saved >= 0 else "nothing is saved yet"
+        monitor.say(f"stopped by a signal; {kept}, the same command goes on")
     elif workers.first:
         export(run, average)
-    return not stop.agreed
+    return not halt.agreed
 
 
 # --- A step ----------------------------------------------------------------------------------------------------------
@@ -216,13 +218,13 @@ def out_of_time(config: Config, state: RunState) -> bool:
     return config.minutes > 0 and state.seconds >= config.minutes * 60
 
 
-class Stop:
+class Halt:
     """A wish to stop, by SIGTERM (preemption) or SIGINT; `agreed` once all processes know of it. Use as a context."""
 
     def __init__(self):
         self.asked, self.agreed = False, False
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> Halt:
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -281,7 +283,7 @@ def check_same(config: Config, other: Mapping, place: Path) -> None:
             here, there = here[part], there.get(part) if isinstance(there, Mapping) else None
         if here != there:
             raise UserError(
-                f"the checkpoint {place} was made with {key} = {there!r}, now it is {here!r}; use that, "
+                f"the checkpoint {place} was made with {key} = {reprlib.repr(there)}, now it is {here!r}; use that, "
                 "or another run folder"
             )
 

@@ -52,8 +52,15 @@ class Sheets:
         """Whether ``step`` has a sheet."""
         return self.every > 0 and step % self.every == 0
 
-    def draw(self, stopping: Callable[[], bool]) -> Image.Image | None:
-        """The sheet; None where this is not the first process, and when ``stopping`` said so, on all at once."""
+    def draw(self, stopping: Callable[[], bool], say: Callable[[str], None]) -> Image.Image | None:
+        """The sheet; None where this is not the first process.
+
+        On all processes at once there is none when ``stopping`` said so, and when an image is not finite: that is said,
+        and the training goes on.
+
+        Raises:
+            UserError: too little memory.
+        """
 
         def on_step(_: Any) -> None:
             if stopping():
@@ -64,6 +71,11 @@ class Sheets:
             with autocast(self.config, self.workers.device):
                 images = [self.session.draw(request, on_step).image for request in self.requests]
         except _Stopped:
+            return None
+        except _TooLarge as error:
+            raise UserError("too little memory for the sample sheets; lower log.height and log.width") from error
+        except UserError as error:
+            say(f"warning: no sample sheet: {error}")
             return None
         finally:
             if self.config.parallel.fsdp:
@@ -79,6 +91,10 @@ class Sheets:
 
 class _Stopped(Exception):
     """The run is asked to stop while a sheet is drawn."""
+
+
+class _TooLarge(Exception):
+    """A process has too little memory for a sheet."""
 
 
 class _Trained(nn.Module):
@@ -101,4 +117,4 @@ class _Trained(nn.Module):
         try:
             return self.model(pixels, t, cond)
         except torch.OutOfMemoryError as error:
-            raise UserError("too little memory for the sample sheets; lower log.height and log.width") from error
+            raise _TooLarge from error

@@ -63,9 +63,9 @@ class RunState:
             value = values[name]
             if type(value) is not kind or kind in (int, float) and not 0 <= value < 2**53:
                 raise ValueError(f"{name} is not a {kind.__name__} from 0 on")
-        cursors, bad = values["data"].get("cursors"), values["data"].get("bad")
-        if type(values["data"].get("step")) is not int or not (
-            isinstance(cursors, list) and all(type(n) is int and n >= 0 for n in cursors)
+        step, cursors, bad = (values["data"].get(name) for name in ("step", "cursors", "bad"))
+        if not (
+            isinstance(cursors, list) and all(type(n) is int and 0 <= n < 2**53 for n in [step, *cursors])
             and isinstance(bad, list) and all(isinstance(name, str) for name in bad)
         ):  # fmt: skip
             raise ValueError("the state of the data is not the expected one")

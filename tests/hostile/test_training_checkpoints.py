@@ -142,6 +142,7 @@ DAMAGES = {
     "data empty": lambda p: seal(p, put(0, "run", "data", value={})),
     "cursors of text": lambda p: seal(p, put(0, "run", "data", "cursors", value=["a"])),
     "cursors below zero": lambda p: seal(p, put(0, "run", "data", "cursors", value=[-1])),
+    "cursors beyond": lambda p: seal(p, put(0, "run", "data", "cursors", value=[10**4000])),
     "bad names of numbers": lambda p: seal(p, put(0, "run", "data", "bad", value=[1])),
     "config a text": lambda p: seal(p, put(0, "run", "config", value="x")),
     "no metadata": lambda p: rewrite(p, lambda h, r: h.pop("__metadata__")),
