@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, few, run_cli
+from .errors import Parser, UserError, few, run_cli
 from .formats.checkpoint import Checkpoint, misshapen
 from .formats.names import LAYOUTS
 from .formats.shapes import PIXEL_PARTS, model_shapes
@@ -169,14 +169,14 @@ def export(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m l2p_fast.convert",
         description="Make checkpoints out of checkpoints: .safetensors files, folders of shards, diffusers folders.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write, atomically")
     common.add_argument(
         "--dtype",

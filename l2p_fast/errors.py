@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -37,6 +38,22 @@ def few(names: Iterable[Any], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are a `UserError` too: one line instead of the whole usage. Options are not abbreviated."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"allow_abbrev": False} | options)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def one_line(text: str) -> str:
+    """``text`` as a line that is safe to print: what is in a stranger's file name must not steer the terminal."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command line's ``main``; a `UserError`, and what files and disks refuse, is one line on stderr, code 2."""
     for stream in (sys.stdout, sys.stderr):  # a file name that the terminal can't spell is no reason to fail
@@ -45,7 +62,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except (UserError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + one_line(str(error)), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

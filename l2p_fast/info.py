@@ -5,14 +5,13 @@ For a person with a question and for a bug report. Looks only: it loads no model
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Iterator
 
 from . import __version__
-from .errors import run_cli
+from .errors import Parser, run_cli
 from .models import attention
 from .sampling.facts import BUNDLED, WEIGHTS
 
@@ -92,7 +91,7 @@ def report() -> Iterator[str]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m l2p_fast.info", description=__doc__.split("\n")[0]).parse_args()
+    Parser(prog="python -m l2p_fast.info", description=__doc__.split("\n")[0]).parse_args()
     for line in report():
         print(line)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from .errors import run_cli
+from .errors import Parser, run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m l2p_fast.plot", description=__doc__)
+    p = Parser(prog="python -m l2p_fast.plot", description=__doc__)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training")
     p.add_argument("--out", type=Path, help="the PNG to write (default: curves.png in the first run's folder)")
     args = p.parse_args(argv)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import FieldError, UserError, run_cli
+from .errors import FieldError, Parser, UserError, run_cli
 from .models.attention import DOWNLOADS
 from .sampling.drawing import FORMATS, LARGEST_SIDE, read_image, read_settings
 from .sampling.facts import BUNDLED, ModelFacts, check_memory, check_text_encoder, find_model
@@ -27,14 +27,9 @@ if TYPE_CHECKING:
     from .sampling.session import Session
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options. All default to None, so that what was given can be told from what was not."""
-    parser = _Parser(prog="l2p sample", description="Draw images of prompts.", allow_abbrev=False)
+    parser = Parser(prog="l2p sample", description="Draw images of prompts.")
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw")
     add("--model", help="file, folder or pipeline folder; tiny-1k or tiny-4k: bundled (default: by the size)")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 
-from .errors import UserError, run_cli
+from .errors import Parser, UserError, run_cli
 from .training.config import check, load_config
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m l2p_fast.train", description=__doc__)
+    p = Parser(prog="python -m l2p_fast.train", description=__doc__)
     p.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="the run's settings; see configs/")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="over the file's, as in optim.lr=1e-4")
     p.add_argument("--run", metavar="FOLDER", help="the same as run=FOLDER; with torchrun use that")
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     config.parallel.fsdp |= args.fsdp
     config.parallel.hybrid |= args.hybrid
     check(config)
-    if args.processes < 1:
-        raise UserError(f"--processes must be at least 1, got {args.processes}")
+    if not 1 <= args.processes <= 100_000:
+        raise UserError(f"--processes must be at least 1 and at most 100000, got {args.processes}")
     if args.device_gb is not None and not 0 < args.device_gb < 1e9:
         raise UserError(f"--device-gb must be a device's memory in GB, got {args.device_gb:g}")
     if args.dry_run:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from l2p_fast.errors import UserError, run_cli
+from l2p_fast.errors import Parser, UserError, run_cli
+
+# Of each number that an option takes; all are above 0.
+LARGEST = {
+    "minutes": 1e5,
+    "vae_minutes": 1e5,
+    "pictures": 10**7,
+    "count": 10**6,
+    "per_task": 10**4,
+    "sides_16": 4096,
+    "sides_64": 16384,
+    "steps": 10**7,
+    "res": 16384,
+}
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m examples.tiny", description=__doc__)
+    p = Parser(prog="python -m examples.tiny", description=__doc__)
     stages = p.add_subparsers(dest="stage", required=True)
     ldm = stages.add_parser("ldm", help="train the latent source model (autoencoder, then transformer)")
     ldm.add_argument("--vae-minutes", type=float, default=8, help="training time of the autoencoder (default 8)")
@@ -43,14 +56,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    numbers = {
-        name: value
-        for name, value in vars(args).items()
-        if name in ("minutes", "count", "pictures", "per_task", "steps")
-    }
-    for name, value in numbers.items():
-        if value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    for name, most in LARGEST.items():
+        given = vars(args).get(name, [])
+        for value in given if isinstance(given, list) else [given]:
+            if not 0 < value <= most:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most {most:g}, got {value}")
     import torch
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

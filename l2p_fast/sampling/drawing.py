@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,8 @@ def open_image(field: str, path: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     Image.MAX_IMAGE_PIXELS = None  # PIL's limit is below a 10K image; ours follows
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{field}: {path} is not a file; name an image")
     try:
         image = Image.open(path)
     except FileNotFoundError:

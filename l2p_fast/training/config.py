@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import reprlib
 import types
 from collections.abc import Iterator
@@ -178,6 +179,8 @@ def load_config(path: str | Path | None, overrides: list[str] = ()) -> Config:
     """
     values: Any = {}
     if path is not None:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise UserError(f"the configuration {path} is not a file; give the YAML file of a run")
         try:
             with open(path, "rb") as file:
                 text = file.read(MAX_FILE + 1)
