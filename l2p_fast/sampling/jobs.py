@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Sequence
@@ -123,6 +124,9 @@ def check_writable(path: Path) -> None:
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         path.exists()  # a name that is too long
+        longest = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") and folder.is_dir() else 255
+        if any(len(os.fsencode(part)) > longest for part in path.parts):  # in a folder to be made
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except (OSError, ValueError) as error:
         raise FieldError("out", f"can't be written: {path}: {getattr(error, 'strerror', None) or error}") from error
     if not folder.is_dir():
