@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import Parser, UserError, few, run_cli
-from .formats.checkpoint import Checkpoint, misshapen
+from .formats.checkpoint import Checkpoint
 from .formats.names import LAYOUTS
-from .formats.shapes import PIXEL_PARTS, model_shapes
+from .formats.shapes import PIXEL_PARTS, misshapen, model_shapes
 from .variants import OF_PATCH, VARIANTS
 
 if TYPE_CHECKING:

@@ -201,6 +201,9 @@ ENCODERS = {
     "a tensor is missing": (tensors(lambda state: state.pop("layers.1.mlp.up_proj.weight")), "1 missing (layers.1.mlp"),
     "a tensor is renamed": (tensors(renamed), "1 missing (layers.0.mlp.gate_proj.weight); 1 unexpected"),
     "a tensor is misshapen": (tensors(halved), "[16, 32] instead of [32, 32]"),
+    "a tensor is there twice": (
+        tensors(lambda state: state.update({"model.norm.weight": torch.ones(32)})), "norm.weight twice",
+    ),
     "NaN": (tensors(poisoned), "NaN or infinite"),
     "truncated": (cut(WEIGHTS), "truncated"),
     "no weights": (gone(WEIGHTS), "no .safetensors file"),

@@ -15,7 +15,7 @@ from .folder import open_tensors
 from .header import parse_json
 from .names import bare_names, to_ours
 from .quantized import attach_scales
-from .shapes import HEAD, Shape, Shapes, block_numbers, checked_config, infer_config, model_shapes
+from .shapes import HEAD, Shape, Shapes, block_numbers, checked_config, differences, infer_config, model_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -109,18 +109,10 @@ class Checkpoint:
 
     def compare(self, wanted: Mapping[str, Shape]) -> None:
         """Name every missing, unexpected or misshapen tensor (the first few and the count) against ``wanted``."""
-        shapes = self.shapes
-        missing = [key for key in wanted if key not in shapes]
-        extra = [self.tensors[key].name for key in shapes if key not in wanted]
-        wrong = misshapen(shapes, wanted)
-        found = [
-            f"{len(names)} {what} ({few(names)})"
-            for what, names in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
-            if names
-        ]
+        found = differences(self.tensors, wanted)
         if found:
             raise UserError(
-                f"{self.path} is not the L2P model that its shapes tell: {'; '.join(found)} of {len(wanted)} tensors; "
+                f"{self.path} is not the L2P model that its shapes tell: {found} of {len(wanted)} tensors; "
                 "the file is incomplete or of another model"
             )
 
@@ -178,11 +170,6 @@ class Checkpoint:
         from .values import fill
 
         fill(model, self.tensors, dtype, device)
-
-
-def misshapen(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> list[str]:
-    """Those in both that differ: ``name [came] instead of [wanted]``."""
-    return [f"{k} {list(shapes[k])} instead of {list(s)}" for k, s in wanted.items() if k in shapes and shapes[k] != s]
 
 
 def load_state(path: str | Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UserError, few
 from ..variants import BOTTLENECK, OF_PATCH, scaled_channels
+from .header import Stored
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -202,3 +203,20 @@ def _head_width(head: Mapping[str, Shape], patch: int, dim: int) -> float:
         if head_shapes(patch, dim, width) == head:
             return width
     return near
+
+
+# --- Comparing -------------------------------------------------------------------------------------------------------
+def misshapen(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> list[str]:
+    """Those in both that differ: ``name [came] instead of [wanted]``."""
+    return [f"{k} {list(shapes[k])} instead of {list(s)}" for k, s in wanted.items() if k in shapes and shapes[k] != s]
+
+
+def differences(found: Mapping[str, Stored], wanted: Mapping[str, Shape]) -> str:
+    """``2 missing (a, b); 1 unexpected (c)``: the first few tensors and the counts; empty where all is as wanted."""
+    shapes = {key: where.shape for key, where in found.items()}
+    faults = {
+        "missing": [key for key in wanted if key not in found],
+        "unexpected": [where.name for key, where in found.items() if key not in wanted],
+        "misshapen": misshapen(shapes, wanted),
+    }
+    return "; ".join(f"{len(names)} {what} ({few(names)})" for what, names in faults.items() if names)

@@ -15,6 +15,7 @@ from ..errors import UserError, few
 from .folder import open_tensors
 from .header import AGAIN, Stored, load_json
 from .quantized import attach_scales
+from .shapes import differences
 
 TOKENIZER_LIMIT = 64 << 20  # bytes of tokenizer.json; Qwen3's has 11 MB
 TEMPLATE_LIMIT = 1 << 20  # bytes of a chat template
@@ -48,23 +49,16 @@ def open_encoder(folder: Path) -> EncoderFiles:
     path = folder / "text_encoder"
     config = _encoder_config(opened.config, path / "config.json")
     found = attach_scales(opened.tensors, opened.metadata, path)
-    tensors = {
-        name.removeprefix("model."): where
-        for name, where in found.items()
-        if name not in ("lm_head.weight", "model.lm_head.weight")  # text to text only
-    }
+    tensors: dict[str, Stored] = {}
+    for name, where in found.items():
+        bare = name.removeprefix("model.")
+        if bare in tensors:
+            raise UserError(f"{path} has {bare} twice ({tensors[bare].name} and {name}); {AGAIN}")
+        if bare != "lm_head.weight":  # the causal model's last layer, which is not needed
+            tensors[bare] = where
     wanted = encoder_shapes(config)
-    missing = [name for name in wanted if name not in tensors]
-    extra = [tensors[name].name for name in tensors if name not in wanted]
-    wrong = [
-        f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    faults = {"missing": missing, "unexpected": extra, "misshapen": wrong}
-    told = [f"{len(names)} {what} ({few(names)})" for what, names in faults.items() if names]
-    if told:
-        raise UserError(f"{path} is not the Qwen3 that its config.json tells: {'; '.join(told)}; {AGAIN}")
+    if told := differences(tensors, wanted):
+        raise UserError(f"{path} is not the Qwen3 that its config.json tells: {told}; {AGAIN}")
     return EncoderFiles(config, {name: tensors[name] for name in wanted})
 
 
