@@ -102,7 +102,7 @@ def test_killed_at_random_moments(tmp_path):
 def test_killed_at_thirty_random_moments(tmp_path):
     pytest.importorskip("bitsandbytes", reason="pip install l2p_fast[train]")
     make_world(tmp_path)
-    overrides = ["steps=300", "save_every=1", "ema.decay=0.9", "optim.kind=adamw8bit"]
+    overrides = ["steps=100", "save_every=1", "ema.decay=0.9", "optim.kind=adamw8bit"]
     killed_and_resumed(tmp_path, uninterrupted(tmp_path, overrides), 30, overrides)
 
 
