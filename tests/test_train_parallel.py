@@ -25,7 +25,11 @@ from l2p_fast.training.parallel import local
 from l2p_fast.training.shards import Shards
 
 torch.set_num_threads(1)
-KINDS = [("adamw", 1e-5), ("adamw8bit", 1e-3)]
+EXACT, BITS_8 = ("adamw", 1e-5), ("adamw8bit", 1e-3)  # optimizer, tolerance; the other one of each test is slow
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def close(ours, theirs, tolerance):
@@ -40,7 +44,7 @@ def needs(kind):
         pytest.importorskip("bitsandbytes", reason="pip install l2p_fast[train]")
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
+@pytest.mark.parametrize(("kind", "tolerance"), [EXACT, slow(*BITS_8)])
 def test_two_processes_train_as_one(tmp_path, kind, tolerance):
     needs(kind)
     config = make_world(tmp_path)
@@ -50,7 +54,7 @@ def test_two_processes_train_as_one(tmp_path, kind, tolerance):
     close(tmp_path / "one", tmp_path / "two", tolerance)
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
+@pytest.mark.parametrize(("kind", "tolerance"), [slow(*EXACT), BITS_8])
 @pytest.mark.parametrize("first", [1, 2])
 def test_saved_on_some_processes_resumed_on_others(tmp_path, kind, tolerance, first):
     needs(kind)
