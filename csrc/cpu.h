@@ -57,7 +57,9 @@ L2P_INLINE void store(Bits16& to, A given) {
   to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+// Where code is built for processors that only some of those it runs on are.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define L2P_X86_TARGETS
 #define L2P_AVX2 "avx2,fma,f16c,bmi,bmi2"
 #define L2P_AVX512 L2P_AVX2 ",avx512f,avx512cd,avx512bw,avx512dq,avx512vl"
 
@@ -65,20 +67,19 @@ enum class Cpu { baseline, avx2, avx512 };
 
 // What this processor has; of it at most AVX2 with L2P_CPU=avx2, so that one machine can test both.
 inline Cpu this_cpu() {
-  static const Cpu cpu = [] {
+  static const Cpu widest = [] {
     __builtin_cpu_init();
     const auto has = [](auto... answers) { return (static_cast<bool>(answers) && ...); };
     if (!has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi2"))) {
       return Cpu::baseline;
     }
-    const char* pretended = std::getenv("L2P_CPU");
-    if (pretended != nullptr && std::strcmp(pretended, "avx2") == 0) return Cpu::avx2;
     return has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512cd"), __builtin_cpu_supports("avx512bw"),
                __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"))
                ? Cpu::avx512
                : Cpu::avx2;
   }();
-  return cpu;
+  const char* pretended = std::getenv("L2P_CPU");
+  return widest == Cpu::avx512 && pretended != nullptr && std::strcmp(pretended, "avx2") == 0 ? Cpu::avx2 : widest;
 }
 
 template <typename Body>

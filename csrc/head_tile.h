@@ -377,7 +377,7 @@ L2P_HOST_DEVICE inline void store_tile(const HeadLevel& s, const TileLayout& l, 
       const uint32_t word = out[place * l.out_pitch + k];
       sum += low_value(word) * low_value(weights[k]) + high_value(word) * high_value(weights[k]);
     }
-    s.picture[((tile.sample * 3 + c) * rows + y - s.start) * s.width + x] = static_cast<uint16_t>(bf16_bits(sum));
+    static_cast<uint16_t*>(s.picture)[((tile.sample * 3 + c) * rows + y - s.start) * s.width + x] = static_cast<uint16_t>(bf16_bits(sum));
   }
 }
 

@@ -29,7 +29,8 @@ LEVELS = (
     (20, 4, 8, 6, 12, 196, False),
 )
 ENCODERS = ((3, 16, 8, 20), (4, 4, 2, 70), (3, 3, 20, 34), (16, 40, 6, 106), (3, 8, 4, 2))
-KERNELS = ["kernel", "tiles"]
+KERNELS = ["cpu", "avx2", "tiles"]
+CPU = [("cpu", torch.bfloat16), ("cpu", torch.float32), ("avx2", torch.bfloat16), ("avx2", torch.float32)]
 
 
 def level(ci, cs, cu, co, height, width, last, dtype):
@@ -70,21 +71,35 @@ def error(a, b):
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-def kernel(op, which):
-    """The compiled op ``op``: the processor's own, or the CUDA kernel's tiles on the host."""
-    if not ops.extension_status().startswith("loaded"):
-        pytest.skip(ops.extension_status())
-    if which == "kernel" and not head_ops.fused_levels(torch.device("cpu"), torch.bfloat16):
-        pytest.skip("this processor has no bfloat16 products")
-    return getattr(torch.ops.l2p_fast, op + ("" if which == "kernel" else "_tiles"))
+@pytest.fixture
+def kernel(monkeypatch):
+    """A compiled op: this processor's own, that for AVX2, or the CUDA kernel's tiles on the host."""
+
+    def choose(op, which):
+        if not ops.extension_status().startswith("loaded"):
+            pytest.skip(ops.extension_status())
+        if which != "tiles" and not head_ops.fused_levels(torch.device("cpu"), torch.bfloat16):
+            pytest.skip("no kernels for this processor")
+        if which == "avx2":
+            monkeypatch.setenv("L2P_CPU", "avx2")  # read at every call
+        return getattr(torch.ops.l2p_fast, op + ("_tiles" if which == "tiles" else ""))
+
+    return choose
 
 
 def test_packing():
-    weight = torch.arange(2 * 12 * 7 * 9.0).reshape(2, 12, 7, 3, 3)
+    weight = torch.arange(2 * 12 * 7 * 9.0).reshape(2, 12, 7, 3, 3).half()
     packed = pack(weight)
     assert packed.shape == (2, 2, 3, 3, 4, 8, 2)
     assert packed[1, 1, 2, 0, 2, 3, 1] == weight[1, 8 + 3, 2 * 2 + 1, 2, 0]
     assert torch.equal(unpack(packed, 12, 7), weight)
+    packed = pack(weight.float())
+    assert packed.shape == (2, 2, 4, 3, 8, 8, 1)
+    assert packed[1, 1, 3, 0, 5, 3, 0] == weight[1, 8 + 3, 5, 2, 0]
+    assert packed[1, 1, 1, 0, 5, 3, 0] == weight[1, 8 + 3, 5, :, 0].float().sum() / 2
+    assert torch.equal(unpack(packed, 12, 7), weight.float())
+    column = weight[..., 1:2].float()  # as edge_weight: too little for Winograd
+    assert pack(column).shape == (2, 2, 3, 1, 8, 8, 1) and torch.equal(unpack(pack(column), 12, 7), column)
 
 
 @pytest.mark.parametrize("sizes", LEVELS)
@@ -99,7 +114,7 @@ def test_composed_is_plain(sizes, dtype, tolerance):
 
 @pytest.mark.parametrize("which", KERNELS)
 @pytest.mark.parametrize("sizes", LEVELS)
-def test_decode(sizes, which):
+def test_decode(kernel, sizes, which):
     run = kernel("head_decode", which)
     convs, x, skip, plain = level(*sizes, torch.bfloat16)
     weights = decoder_weights(*convs)
@@ -112,12 +127,26 @@ def test_decode(sizes, which):
         assert error(out, plain[:, :, start:stop]) <= 4e-3
 
 
-@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("which", ["cpu", "avx2"])
+@pytest.mark.parametrize("sizes", [*LEVELS, (72, 200, 20, 20, 4, 34, False)])  # more inputs than the first cache holds
+def test_decode_in_float32(kernel, sizes, which):
+    run = kernel("head_decode", which)
+    convs, x, skip, plain = level(*sizes, torch.float32)
+    weights = decoder_weights(*convs)
+    for start, stop in bands(sizes[4]):
+        out = decode(run, weights, rows_first(x), rows_first(skip), start, stop, sizes[4])
+        wanted = plain[:, :, start:stop]
+        assert out.dtype == torch.float32 and error(out, wanted) <= 2e-6
+        assert (out - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # first and last column, too
+
+
+@pytest.mark.parametrize("which,dtype", [*CPU, ("tiles", torch.bfloat16)])
 @pytest.mark.parametrize("ci,co,height,width", ENCODERS)
-def test_encode(ci, co, height, width, which):
+def test_encode(kernel, ci, co, height, width, which, dtype):
     run = kernel("head_encode", which)
     torch.manual_seed(ci)
-    conv = nn.Conv2d(ci, co, 3, padding=1).requires_grad_(False).bfloat16()
+    conv = nn.Conv2d(ci, co, 3, padding=1).requires_grad_(False).to(dtype)
+    near = {"rtol": 2**-7, "atol": 1e-5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     weights, pixels = encoder_weights(conv), torch.randn(2, ci, height, width)
     dense = pixels.permute(0, 2, 3, 1)
     views = [dense, dense.bfloat16(), dense.bfloat16().contiguous(), dense.transpose(1, 2).contiguous().transpose(1, 2)]
@@ -127,27 +156,41 @@ def test_encode(ci, co, height, width, which):
             inputs = x[:, first : stop + 1], *weights, first, start, stop, height, True, True
             for out, wanted in zip(run(*inputs), head_encode_reference(*inputs), strict=True):
                 assert out.shape == wanted.shape and out.is_contiguous()
-                torch.testing.assert_close(out, wanted, rtol=2**-7, atol=1e-5)
+                torch.testing.assert_close(out, wanted, **near)
     odd = dense, *weights, 0, 1, height, height, True, False
-    torch.testing.assert_close(run(*odd)[0], head_encode_reference(*odd)[0], rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(run(*odd)[0], head_encode_reference(*odd)[0], **near)
     kept, pooled = run(dense, *weights, 0, 0, height, height, False, True)
     assert kept.shape[1] == 0 and pooled.shape[1] == height // 2
 
 
-def test_silu_of_extremes():
-    run = kernel("head_encode", "kernel")
-    conv = nn.Conv2d(2, 2, 1).requires_grad_(False).bfloat16()
+@pytest.mark.parametrize("which,dtype", CPU)
+def test_silu_of_extremes(kernel, which, dtype):
+    run = kernel("head_encode", which)
+    conv = nn.Conv2d(2, 2, 1).requires_grad_(False).to(dtype)
     conv.weight.copy_(torch.eye(2)[:, :, None, None]), conv.bias.zero_()
     weights = encoder_weights(conv)._replace(weight=pack(F.pad(conv.weight, (1, 1, 1, 1))))
-    values = torch.tensor([0.0, -1e-3, 1.0, -1.0, 20.0, -20.0, 88.0, -88.0, 200.0, -200.0, 1e30, -1e30]).bfloat16()
+    values = torch.tensor([0.0, -1e-3, 1.0, -1.0, 20.0, -20.0, 88.0, -88.0, 200.0, -200.0, 1e30, -1e30]).to(dtype)
     x = values.reshape(1, 1, 6, 2).repeat(1, 2, 1, 1)
     out, _ = run(x, *weights, 0, 0, 2, 2, True, False)
-    torch.testing.assert_close(out, F.silu(x.float()).bfloat16(), rtol=2**-7, atol=1e-30)
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(out, F.silu(x.double()).to(dtype), rtol=rtol, atol=1e-30)
 
 
-def test_many_rows_and_threads():
-    run = kernel("head_decode", "kernel")
-    convs, x, skip, plain = level(4, 4, 4, 4, 64, 32, False, torch.bfloat16)
+@pytest.mark.parametrize("which,dtype", CPU)
+def test_the_pool_keeps_what_is_not_a_number(kernel, which, dtype):
+    run = kernel("head_encode", which)
+    conv = nn.Conv2d(2, 2, 3, padding=1).requires_grad_(False).to(dtype)
+    x = torch.randn(1, 8, 80, 2).to(dtype)
+    x[0, 3, 6, 0] = x[0, 4, 43, 1] = float("nan")  # makes 3 x 3 of them, so all sorts of windows
+    inputs = x, *encoder_weights(conv), 0, 0, 8, 8, False, True
+    pooled, wanted = run(*inputs)[1], head_encode_reference(*inputs)[1]
+    assert wanted.isnan().any() and torch.equal(pooled.isnan(), wanted.isnan())
+
+
+@pytest.mark.parametrize("which,dtype", CPU)
+def test_many_rows_and_threads(kernel, which, dtype):
+    run = kernel("head_decode", which)
+    convs, x, skip, plain = level(4, 4, 4, 4, 64, 32, False, dtype)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

@@ -8,8 +8,9 @@ and last row and column have weights of their own. `decoder_weights` makes them.
 
 Here feature maps are (B, rows, W, C) and hold the rows of a band; a "start" is the first of them in the whole picture,
 which has ``height`` rows. Ci, Cs, Co: channels of input, skip and output. Weights are packed in blocks of 8 outputs,
-(..., Co/8, tap row, tap column, Ci/2, 8, 2), filled up with zeros: `pack`. Kernels: bfloat16 on a CPU with AVX-512's
-bfloat16 products; elsewhere the reference runs, and the head prefers the library's convolutions (`fused_levels`).
+(..., Co/8, tap row, tap column, Ci/2, 8, 2), filled up with zeros; those in float32 for Winograd's way: `pack`.
+Kernels: bfloat16 and float32 on a CPU with AVX2 or AVX-512, bfloat16 on CUDA. Elsewhere the reference runs, and the
+head prefers the library's convolutions (`fused_levels`).
 """
 
 from __future__ import annotations
@@ -62,17 +63,29 @@ class DecoderWeights(NamedTuple):
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(..., Co, Ci, kh, kw) -> (..., Co/8, kh, kw, Ci/2, 8, 2), with zeros where Co or Ci is no multiple."""
+    """(..., Co, Ci, 3, kw) -> (..., Co/8, rows, kw, Ci/n, 8, n), with zeros where Co or Ci, even, is no multiple.
+
+    In a dtype of 16 bits, n is 2 and ``rows`` are the three tap rows. Else n is 1, and three tap rows of three columns
+    become four: Winograd's transform for two rows of the result, F(2, 3).
+    """
     outputs, inputs = weight.shape[-4:-2]
+    n = 2 if weight.dtype.itemsize == 2 else 1
+    if n == 1 and weight.shape[-1] == 3:
+        top, middle, bottom = weight.unbind(-2)
+        weight = torch.stack([top, (top + middle + bottom) / 2, (top - middle + bottom) / 2, bottom], dim=-2)
     weight = F.pad(weight, (0, 0, 0, 0, 0, inputs % 2, 0, -outputs % _BLOCK))
-    weight = weight.unflatten(-3, (-1, 2)).unflatten(-5, (-1, _BLOCK))  # (..., blocks, 8, pairs, 2, kh, kw)
+    weight = weight.unflatten(-3, (-1, n)).unflatten(-5, (-1, _BLOCK))  # (..., blocks, 8, Ci/n, n, kh, kw)
     return weight.movedim((-2, -1, -4), (-5, -4, -3)).contiguous()
 
 
 def unpack(weight: Tensor, outputs: int, inputs: int) -> Tensor:
     """The inverse of `pack`."""
     weight = weight.movedim((-5, -4, -3), (-2, -1, -4))
-    return weight.flatten(-6, -5).flatten(-4, -3)[..., :outputs, :inputs, :, :]
+    weight = weight.flatten(-6, -5).flatten(-4, -3)[..., :outputs, :inputs, :, :]
+    if weight.shape[-2] == 3:
+        return weight
+    top, plus, minus, bottom = weight.unbind(-2)
+    return torch.stack([top, plus - minus, bottom], dim=-2)
 
 
 def _tap_table() -> Tensor:
@@ -94,18 +107,20 @@ def _padded(values: Tensor) -> Tensor:
     return F.pad(values, (0, -values.shape[-1] % _BLOCK)).to(torch.promote_types(values.dtype, torch.float32))
 
 
-def encoder_weights(conv: nn.Conv2d) -> EncoderWeights:
-    """Pack an encoder level's convolution."""
+def encoder_weights(conv: nn.Conv2d, dtype: torch.dtype | None = None) -> EncoderWeights:
+    """Pack an encoder level's convolution, in ``dtype`` or the weights' own."""
     channels = conv.out_channels + conv.out_channels % 2
-    return EncoderWeights(pack(conv.weight), _padded(conv.bias), channels)
+    return EncoderWeights(pack(conv.weight.to(dtype or conv.weight.dtype)), _padded(conv.bias), channels)
 
 
-def decoder_weights(up: nn.Conv2d, dec: nn.Conv2d, out: nn.Conv2d | None = None) -> DecoderWeights:
+def decoder_weights(
+    up: nn.Conv2d, dec: nn.Conv2d, out: nn.Conv2d | None = None, dtype: torch.dtype | None = None
+) -> DecoderWeights:
     """Compose and pack a decoder level's convolutions, with ``out`` the head's last.
 
-    Composed in fp32 or wider, then rounded once to the weights' own dtype.
+    Composed in fp32 or wider, then rounded once to ``dtype`` or the weights' own.
     """
-    dtype, wide = dec.weight.dtype, torch.promote_types(dec.weight.dtype, torch.float32)
+    dtype, wide = dtype or dec.weight.dtype, torch.promote_types(dec.weight.dtype, torch.float32)
     on_up, on_skip = dec.weight.split([up.out_channels, dec.in_channels - up.out_channels], dim=1)
     table = _tap_table().to(dec.weight.device, wide)
     first, second = up.weight.to(wide).permute(2, 3, 0, 1), on_up.to(wide).permute(2, 3, 0, 1)
@@ -125,10 +140,10 @@ def decoder_weights(up: nn.Conv2d, dec: nn.Conv2d, out: nn.Conv2d | None = None)
     return DecoderWeights(
         torch.stack(weight),
         torch.stack(edge),
-        pack(on_skip),
+        pack(on_skip.to(dtype)),
         _padded(bias),
         _padded(edge_bias),
-        None if out is None else F.pad(out.weight.flatten(1), (0, -out.in_channels % _BLOCK)).contiguous(),
+        None if out is None else F.pad(out.weight.flatten(1), (0, -out.in_channels % _BLOCK)).to(dtype).contiguous(),
         None if out is None else out.bias.to(wide),
         dec.out_channels,
     )
@@ -268,7 +283,7 @@ def head_encode(
 
     Args:
         x: (B, rows, W, Ci), rows from ``x_start`` on: at least [start - 1, stop + 1), as far as the picture goes. Any
-            strides; float32 is rounded to the weights' dtype.
+            strides; float32 or bfloat16, brought to the weights' dtype.
         weights: of the level.
         start, stop: rows of the result; even with ``pool``.
         height: rows of the whole picture; beyond it are zeros.
@@ -342,7 +357,7 @@ def fused_levels(device: torch.device, dtype: torch.dtype) -> bool:
     Those for CUDA were compiled and emulated, but never run: ``L2P_CUDA_HEAD=1`` asks for them, and they are compared
     with the reference once before they are used.
     """
-    if dtype != torch.bfloat16 or device.type not in ("cpu", "cuda"):
+    if dtype not in {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(device.type, ()):
         return False
     if not torch._C._dispatch_has_kernel_for_dispatch_key("l2p_fast::head_decode", device.type.upper()):
         return False

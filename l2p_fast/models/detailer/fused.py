@@ -1,7 +1,7 @@
 """The two ways to run a level of the Detailer Head (`bands.Run`): by the library's convolutions, or by one op each.
 
-The op composes the decoder's convolutions (ops/head.py). It has no gradients and wants plain weights in bfloat16; all
-else is the library's.
+The op composes the decoder's convolutions (ops/head.py). It has no gradients and wants plain weights in bfloat16 or, on
+a CPU, float32; all else is the library's. A CPU on which bfloat16 does not pay runs either in float32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ops import decoder_weights, encoder_weights, head_decode, head_encode
 from .bands import Rows
@@ -40,7 +40,7 @@ class Library:
         enc, _, _ = self.head.convolutions(k)
         needed = rows.grow(1)
         window = needed.of(x, held).to(self.dtype, memory_format=torch.channels_last)
-        skip = silu(rows.of(enc(window), needed))
+        skip = silu(rows.of(self._convolve(enc, window), needed))
         return skip if keep else None, F.max_pool2d(skip, 2) if pool else None
 
     def decode(self, k: int, x: Tensor, held: Rows, skip: Tensor, skip_held: Rows, rows: Rows) -> Tensor:
@@ -48,23 +48,29 @@ class Library:
         needed, wide = rows.grow(1), rows.grow(2)
         covered = wide.pooled()
         x = wide.of(F.interpolate(covered.of(x, held), scale_factor=2.0), covered.doubled())
-        x = needed.of(up(x), wide)
+        x = needed.of(self._convolve(up, x), wide)
         x = torch.cat([x, needed.of(skip, skip_held)], dim=1)
-        x = silu(rows.of(dec(x), needed))
-        return self.head.out_conv(x) if k == 0 else x
+        x = silu(rows.of(self._convolve(dec, x), needed))
+        return self._convolve(self.head.out_conv, x) if k == 0 else x
+
+    def _convolve(self, conv: nn.Module, x: Tensor) -> Tensor:
+        """``conv``, in the dtype of x if it is plain, else (an adapter) in its own."""
+        if type(conv) is nn.Conv2d and conv.weight.dtype != x.dtype:
+            return F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), padding=conv.padding)
+        return conv(x.to(conv.weight.dtype)).to(x.dtype)
 
 
 class Kernels:
-    """The outer ``count`` levels by one op each, with weights composed and packed once. No gradients."""
+    """The outer ``count`` levels by one op each, with weights composed and packed once in ``dtype``. No gradients."""
 
-    def __init__(self, head: DetailerHead, count: int):
+    def __init__(self, head: DetailerHead, count: int, dtype: torch.dtype):
         self.state, self.biases = self._state(head), self._biases(head)
-        self.inner = Library(head, head.out_conv.weight.dtype)
-        convolutions = [head.convolutions(k) for k in range(count)]
-        self.encoders = [encoder_weights(enc) for enc, _, _ in convolutions]
-        self.decoders = [
-            decoder_weights(up, dec, head.out_conv if k == 0 else None) for k, (_, up, dec) in enumerate(convolutions)
-        ]
+        self.inner = Library(head, dtype)
+        self.encoders, self.decoders = [], []
+        for k in range(count):
+            enc, up, dec = head.convolutions(k)
+            self.encoders.append(encoder_weights(enc, dtype))
+            self.decoders.append(decoder_weights(up, dec, head.out_conv if k == 0 else None, dtype))
 
     def is_of(self, head: DetailerHead) -> bool:
         """Whether the head's weights are still those."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...ops import fused_levels
+from ...ops import cpu_has_fast_bf16, fused_levels
 from ...variants import BOTTLENECK, OF_PATCH, scaled_channels
 from . import bands
 from .bands import Plan, Rows, Run
@@ -32,13 +32,13 @@ class SplitConv1x1(nn.Conv2d):
     """
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        """x (B, C, H, W), features (B, D, h, w) -> (B, out, H, W)."""
-        on_x, on_features = self.weight.split([x.shape[1], features.shape[1]], dim=1)
-        tokens = features.permute(0, 2, 3, 1)  # the transformer's own layout: no copy
+        """x (B, C, H, W), features (B, D, h, w) -> (B, out, H, W), in the dtype of x."""
+        on_x, on_features = self.weight.to(x.dtype).split([x.shape[1], features.shape[1]], dim=1)
+        tokens = features.to(x.dtype).permute(0, 2, 3, 1)  # the transformer's own layout: no copy
         mapped = F.linear(tokens, on_features.flatten(1)).permute(0, 3, 1, 2)
         if mapped.shape[-2:] != x.shape[-2:]:
             mapped = F.interpolate(mapped, size=x.shape[-2:], mode="nearest")
-        return F.conv2d(x, on_x, self.bias) + mapped
+        return F.conv2d(x, on_x, self.bias.to(x.dtype)) + mapped
 
 
 class DetailerHead(nn.Module):
@@ -99,9 +99,10 @@ class DetailerHead(nn.Module):
         """
         self._check(pixels, features)
         plan = self.plan(pixels, features.dtype, band_rows or self.band_rows, memory_mb or self.memory_mb)
-        run = self.kernels(pixels.device, features.dtype) or Library(self, features.dtype)
+        maps = self._dtype_of_maps(pixels.device, features.dtype)
+        run = self.kernels(pixels.device, features.dtype) or Library(self, maps)
         if plan is None:
-            return self._inner(run, pixels, features, first=0).contiguous()
+            return self._inner(run, pixels, features, first=0).to(features.dtype).contiguous()
         banded, rows = plan
         height, width = pixels.shape[-2:]
         pooled_height, pooled_width = height >> banded, width >> banded
@@ -110,7 +111,7 @@ class DetailerHead(nn.Module):
             return bands.encode_band(run, sample, Rows(start, stop, pooled_height), banded)
 
         def decode(sample: Tensor, inner: Tensor, start: int, stop: int) -> Tensor:
-            return bands.decode_band(run, sample, inner, Rows(start, stop, height), banded)
+            return bands.decode_band(run, sample, inner, Rows(start, stop, height), banded).to(features.dtype)
 
         x = bands.sweep(encode, (pixels,), rows >> banded, (self.levels[banded - 1].enc, pooled_height, pooled_width))
         x = self._inner(run, x, features, first=banded)
@@ -148,7 +149,8 @@ class DetailerHead(nn.Module):
     ) -> Plan | None:
         """How ``pixels`` (B, 3, H, W) are run: in bands, or None for whole; ``memory_mb`` None is the default budget.
 
-        As many levels are banded as the table says, or more, until the inner ones fit too (`bands.choose`).
+        As many levels are banded as the table says, with kernels one, or more, until the inner ones fit too
+        (`bands.choose`).
         """
         batch, _, height, width = pixels.shape
         if band_rows is not None:
@@ -156,8 +158,9 @@ class DetailerHead(nn.Module):
             plan = Plan(self.table_banded, -(-band_rows // step) * step)
         else:
             budget = int((AUTO_MEMORY_MB if memory_mb is None else memory_mb) * 2**20)
-            fused = self._fused_count(pixels.device, dtype)
-            plan = bands.choose(self.levels, self.table_banded, (batch, height, width), dtype, budget, fused)
+            fused, maps = self._fused_count(pixels.device, dtype), self._dtype_of_maps(pixels.device, dtype)
+            fewest = 1 if fused else self.table_banded  # kernels are fast on every level; what is banded is made twice
+            plan = bands.choose(self.levels, fewest, (batch, height, width), maps, budget, fused)
         return plan if plan is not None and plan.rows < height else None
 
     def peak_bytes(
@@ -169,8 +172,8 @@ class DetailerHead(nn.Module):
         """
         batch, _, height, width = pixels.shape
         plan = self.plan(pixels, dtype, band_rows, memory_mb)
-        fused = self._fused_count(pixels.device, dtype)
-        return bands.peak_bytes(self.levels, plan, (batch, height, width), dtype, fused)
+        fused, maps = self._fused_count(pixels.device, dtype), self._dtype_of_maps(pixels.device, dtype)
+        return bands.peak_bytes(self.levels, plan, (batch, height, width), maps, fused)
 
     def convolutions(self, k: int) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]:
         """Level ``k``'s convolutions: ``enc``, ``up`` and ``dec``."""
@@ -189,7 +192,7 @@ class DetailerHead(nn.Module):
             return None  # stored otherwise until a hook brings them
         if self._kernels is None or not self._kernels.is_of(self):
             self._kernels = None  # first give its memory back
-            self._kernels = Kernels(self, self._fused_count(device, dtype))
+            self._kernels = Kernels(self, self._fused_count(device, dtype), self._dtype_of_maps(device, dtype))
         return self._kernels
 
     def _fused_count(self, device: torch.device, dtype: torch.dtype) -> int:
@@ -197,6 +200,11 @@ class DetailerHead(nn.Module):
         if torch.is_grad_enabled() or not fused_levels(device, dtype):
             return 0
         return len(self.levels) if device.type == "cpu" else self.table_banded
+
+    def _dtype_of_maps(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """What the levels are computed and their feature maps held in: float32 where bfloat16 is slow."""
+        slow = dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_fast_bf16()
+        return torch.float32 if slow else dtype
 
     def _check(self, pixels: Tensor, features: Tensor) -> None:
         step = 2 ** len(self.levels)
