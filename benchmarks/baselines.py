@@ -49,7 +49,7 @@ def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def pixel_model(scale: Scale, patch: int, device: str) -> L2PTransformer2DModel:
-    """Ours, with random weights; in the head larger ones than usual, else neither picture nor tokens reach the result
+    """Ours, with random weights; in the head larger ones than usual, else neither image nor tokens reach the result
     and a comparison would see little but biases."""
     from l2p_fast.models.zimage import L2PTransformer2DModel
 
@@ -91,7 +91,7 @@ def text_features(scale: Scale, device: str) -> Tensor:
 
 
 def latent_call(model: ZImageTransformer2DModel, cap: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The latent model as a function of one picture's latents (1, 16, h, w) and time (1,)."""
+    """The latent model as a function of one image's latents (1, 16, h, w) and time (1,)."""
     return lambda x, t: model([x[0, :, None].to(model.dtype)], t, [cap]).sample[0][None, :, 0]
 
 
@@ -100,7 +100,7 @@ def model_facts(scale: Scale, tokens: int) -> dict:
 
 
 def body_work(scale: Scale, patch: int, side: int) -> counts.Work:
-    """One pass of the pixel model's transformer and head over a square picture of ``side`` px."""
+    """One pass of the pixel model's transformer and head over a square image of ``side`` px."""
     with torch.device("meta"):
         head = DetailerHead(patch, scale.dim, scale.head_width)
     sizes = scale.dim, scale.layers, scale.refiners
@@ -157,7 +157,7 @@ def pixel_case(
     steps: int = 1,
 ) -> Case:
     """A case of the whole pixel model: ``run`` is timed over ``steps`` steps, and ``call(noise)`` is judged by
-    ``run_plain(noise, plain)`` on a square picture of a size that memory allows."""
+    ``run_plain(noise, plain)`` on a square image of a size that memory allows."""
     patch = model.patch_size
     side = scale.grid * patch
     checked, judge = check_side(side, device), Judge(model, device)
@@ -228,7 +228,7 @@ class PlainHead(nn.Module):
 
 
 class PlainL2P(nn.Module):
-    """The whole pixel model, plain, for one picture: (1, 3, H, W), t (1,), text (L, C) -> (1, 3, H, W).
+    """The whole pixel model, plain, for one image: (1, 3, H, W), t (1,), text (L, C) -> (1, 3, H, W).
 
     Shares ``model``'s weights. ``checkpointing`` recomputes every block and the head in the backward pass.
     """

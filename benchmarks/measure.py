@@ -43,7 +43,7 @@ LONG = 10.0  # seconds: a call of this length is its own warm-up and is made onc
 class Scale:
     """How large everything is. ``wide`` is the width of a block or head measured alone, ``dim`` that of whole models.
 
-    A picture has ``grid`` x ``grid`` patches; 64 is what every published checkpoint was made for. ``patches`` are
+    An image has ``grid`` x ``grid`` patches; 64 is what every published checkpoint was made for. ``patches`` are
     those of whole models; the head alone is measured at all four.
     """
 

@@ -1,6 +1,6 @@
 """The Detailer Head alone, at each checkpoint's own resolution, width 3840 features: `pytest benchmarks/test_head.py`.
 
-Plain: the head as its authors write it. Errors are taken against fp32; where memory is short on a smaller picture, in
+Plain: the head as its authors write it. Errors are taken against fp32; where memory is short on a smaller image, in
 bands all the same.
 """
 

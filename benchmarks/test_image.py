@@ -1,4 +1,4 @@
-"""One picture from noise to bytes, few steps, no guidance, text features given: `pytest benchmarks/test_image.py`.
+"""One image from noise to bytes, few steps, no guidance, text features given: `pytest benchmarks/test_image.py`.
 
 Plain: the same loop over the plain pixel model. Latent: the same loop over latents, then the autoencoder's decoder,
 whole or in diffusers' own tiles. Noise is drawn on the CPU by all.

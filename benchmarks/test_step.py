@@ -1,6 +1,6 @@
-"""One denoising step of a whole model, one picture, no guidance: `pytest benchmarks/test_step.py`.
+"""One denoising step of a whole model, one image, no guidance: `pytest benchmarks/test_step.py`.
 
-Plain: the pixel model as its authors write it, same weights. Latent: Z-Image on the latents of a picture of the same
+Plain: the pixel model as its authors write it, same weights. Latent: Z-Image on the latents of an image of the same
 size, (side / 16)^2 tokens, without its autoencoder (for that: test_image.py). Widths are those of the scale, and the
 same for both. fp8 and int8: ours with 8-bit weights, their error taken against bf16.
 """
@@ -47,7 +47,7 @@ def step(raw: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def prepared(model: L2PTransformer2DModel, cap: torch.Tensor, t: torch.Tensor, side: int):
-    """Our model as a function of the picture; what doesn't depend on it is computed once a picture, not once a step."""
+    """Our model as a function of the image; what doesn't depend on it is computed once an image, not once a step."""
     cond = model.prepare([cap], side, side, timesteps=t)
     return lambda x: model(x, cond=cond, step=0)
 

@@ -1,7 +1,7 @@
 """One training step, batch 1: forward, backward, AdamW; every block recomputed in the backward pass.
 
 The blocks between the first and the last few are frozen, as published. Plain: the pixel model as its authors write it.
-Latent: Z-Image on latents of the same picture size, trained the same way. Ours in 8 bits: as configs/24gb.yaml, frozen
+Latent: Z-Image on latents of the same image size, trained the same way. Ours in 8 bits: as configs/24gb.yaml, frozen
 blocks and optimizer states in 8 bits, updates inside the backward pass. ``pytest benchmarks/test_train.py``.
 """
 

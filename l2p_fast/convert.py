@@ -237,7 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns 0; `UserError` for what the user can mend."""
+    """Run the command line. Returns 0; `UserError` for the user's mistakes."""
     args = build_parser().parse_args(argv)
     if getattr(args, "head_width", None) is not None and not 0 < args.head_width < 16:
         raise UserError(f"--head-width must lie between 0 and 16, got {args.head_width}; the published head is 1.0")

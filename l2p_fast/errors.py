@@ -1,4 +1,4 @@
-"""What a user can mend: one exception, and how a command line shows it."""
+"""Mistakes that the user can fix: the exceptions for them, and how a command line shows one."""
 
 from __future__ import annotations
 

@@ -234,13 +234,13 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         """The raw prediction x0 - eps.
 
         Args:
-            pixels: (B, 3, H, W) noisy picture, range about [-1, 1], any floating dtype.
+            pixels: (B, 3, H, W) noisy image, range about [-1, 1], any floating dtype.
             t: (B,) model time 1 - sigma in [0, 1]; not needed with ``step``.
             cap_feats: B tensors (L_i, cap_feat_dim), text features without padding; not needed with ``cond``.
             cond: `prepare` of the same texts and size, to reuse what does not depend on the step.
             step: index into the timesteps that ``cond`` was prepared with.
             windows: B boxes (row, column, height, width) of one size in tokens: the head runs on these parts of the
-                pictures alone (with zeros around them), to train a head for large pictures in little memory.
+                images alone (with zeros around them), to train a head for large images in little memory.
 
         Returns:
             (B, 3, H, W) in the model's dtype; with ``windows``, of their size.
@@ -303,7 +303,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
 
         Args:
             cap_feats: B tensors (L_i, cap_feat_dim) of text features without padding.
-            height, width: size of the pictures in pixels.
+            height, width: size of the images in pixels.
             timesteps: (steps,) model times 1 - sigma of the run; `forward` then takes ``step`` instead of ``t``.
 
         Raises:

@@ -3,10 +3,10 @@
 Why ops: a level's convolutions hold little work beside the feature maps that the library writes between them, and much
 of the decoder's work can be left out. Its two convolutions have nothing between them, so nearest x2, ``up`` and the
 half of ``dec`` that sees ``up`` are one convolution of the half-size input: 3 x 3 taps, with weights that depend on
-whether row and column are even or odd. At the picture's edge ``dec`` sees zeros where ``up`` would go on, so the first
+whether row and column are even or odd. At the image's edge ``dec`` sees zeros where ``up`` would go on, so the first
 and last row and column have weights of their own. `decoder_weights` makes them.
 
-Here feature maps are (B, rows, W, C) and hold the rows of a band; a "start" is the first of them in the whole picture,
+Here feature maps are (B, rows, W, C) and hold the rows of a band; a "start" is the first of them in the whole image,
 which has ``height`` rows. Ci, Cs, Co: channels of input, skip and output. Weights are packed in blocks of 8 outputs,
 (..., Co/8, tap row, tap column, Ci/2, 8, 2), filled up with zeros; those in float32 for Winograd's way: `pack`.
 Kernels: bfloat16 and float32 on a CPU with AVX2 or AVX-512, bfloat16 on CUDA. Elsewhere the reference runs, and the
@@ -91,7 +91,7 @@ def unpack(weight: Tensor, outputs: int, inputs: int) -> Tensor:
 def _tap_table() -> Tensor:
     """(4 types, 3 taps of dec, 3 taps of up, 3 rows of the half-size input): 1 where the two taps read that row.
 
-    Of the picture's first and last row, the tap of ``dec`` that leaves the picture reads nothing.
+    Of the image's first and last row, the tap of ``dec`` that leaves the image reads nothing.
     """
     table = torch.zeros(4, 3, 3, 3)
     for kind, (odd, missing) in enumerate(((0, -1), (0, None), (1, None), (1, 1))):
@@ -133,7 +133,7 @@ def decoder_weights(
         missing = torch.einsum("pbeoi,xbe->xoip", rows, table[[0, 3], ..., 1] - table[1:3, ..., 1])
         weight.append(pack(inner.to(dtype)))
         edge.append(pack(missing.unsqueeze(-1).to(dtype)))
-    inside = table.sum(-1)[..., 0]  # (types, taps of dec): whether the tap is in the picture
+    inside = table.sum(-1)[..., 0]  # (types, taps of dec): whether the tap is in the image
     carried = second @ up.bias.to(wide)  # (taps of dec, Co): up's bias as dec sees it
     bias = dec.bias.to(wide) + torch.einsum("ta,abo->to", inside, carried)
     edge_bias = torch.einsum("ta,xb,abo->txo", inside, inside[[0, 3]] - 1, carried)
@@ -150,7 +150,7 @@ def decoder_weights(
 
 
 def _window(x: Tensor, x_start: int, start: int, stop: int, height: int, dtype: torch.dtype) -> Tensor:
-    """Rows [start, stop) of a band as (B, C, rows, W), zero outside the picture, which is ``height`` rows high."""
+    """Rows [start, stop) of a band as (B, C, rows, W), zero outside the image, which is ``height`` rows high."""
     inside = x[:, max(start, 0) - x_start : min(stop, height) - x_start]
     return F.pad(inside.permute(0, 3, 1, 2).to(dtype), (0, 0, max(-start, 0), max(stop - height, 0)))
 
@@ -222,8 +222,8 @@ def head_decode_reference(
     out = F.silu(out).to(weight.dtype)
     if out_weight is None:
         return out.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-    picture = F.conv2d(out.to(wide), out_weight[:, :channels, None, None].to(wide), out_bias)
-    return picture.to(weight.dtype).contiguous()
+    image = F.conv2d(out.to(wide), out_weight[:, :channels, None, None].to(wide), out_bias)
+    return image.to(weight.dtype).contiguous()
 
 
 def _encode_fake(x, weight, bias, channels, x_start, start, stop, height, keep, pool):
@@ -282,11 +282,11 @@ def head_encode(
     """SiLU(conv 3x3) of a band, and its 2x2 maximum.
 
     Args:
-        x: (B, rows, W, Ci), rows from ``x_start`` on: at least [start - 1, stop + 1), as far as the picture goes. Any
+        x: (B, rows, W, Ci), rows from ``x_start`` on: at least [start - 1, stop + 1), as far as the image goes. Any
             strides; float32 or bfloat16, brought to the weights' dtype.
         weights: of the level.
         start, stop: rows of the result; even with ``pool``.
-        height: rows of the whole picture; beyond it are zeros.
+        height: rows of the whole image; beyond it are zeros.
         keep, pool: which results are wanted; the other has no rows.
 
     Returns:
@@ -309,11 +309,11 @@ def head_decode(
     """SiLU(dec(concat(up(nearest x2 of x), skip))) of a band; for the last level the 1x1 convolution of that.
 
     Args:
-        x: (B, rows, W / 2, Ci), rows of the half-size picture from ``x_start`` on: one more than the result covers.
-        skip: (B, rows, W, Cs), rows from ``skip_start`` on: one more than the result's, as far as the picture goes.
+        x: (B, rows, W / 2, Ci), rows of the half-size image from ``x_start`` on: one more than the result covers.
+        skip: (B, rows, W, Cs), rows from ``skip_start`` on: one more than the result's, as far as the image goes.
         weights: of the level.
         start, stop: rows of the result.
-        height: rows of the whole picture, of skip's size.
+        height: rows of the whole image, of skip's size.
 
     Returns:
         (B, stop - start, W, Co); with ``out_weight`` (B, 3, stop - start, W).
@@ -335,9 +335,9 @@ def _agrees(device: str) -> bool:
     try:
         kept, pooled = torch.ops.l2p_fast.head_encode(*encode)
         decode = (pooled, skip, *decoder_weights(up, dec, out), 0, 0, 0, 12, 12)
-        picture = torch.ops.l2p_fast.head_decode(*decode)
+        image = torch.ops.l2p_fast.head_decode(*decode)
         pairs = zip(
-            (kept, pooled, picture), (*head_encode_reference(*encode), head_decode_reference(*decode)), strict=True
+            (kept, pooled, image), (*head_encode_reference(*encode), head_decode_reference(*decode)), strict=True
         )
         worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
     except RuntimeError as error:

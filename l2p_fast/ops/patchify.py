@@ -1,6 +1,6 @@
 """Pixels to tokens and back in one pass, with the change of dtype on the way.
 
-Why an op: PyTorch's permute + copy + cast crosses memory twice, first with the whole fp32 state of a 4096 px picture.
+One op, as PyTorch's permute + copy + cast crosses memory twice, first with the whole fp32 state of a 4096 px image.
 Either function is the other's backward. Left out: overlapping patches and padding; sizes are multiples of the patch.
 
 Letters: B batch, C channels, H and W pixels, P patch side, h = H/P, w = W/P.
@@ -90,7 +90,7 @@ def _check(patch_size: int, height: int, width: int, *dtypes: torch.dtype) -> No
 
 
 def patchify(pixels: Tensor, patch_size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Cut a picture into patches, one token each.
+    """Cut an image into patches, one token each.
 
     Args:
         pixels: (B, C, H, W), any strides; float32, bfloat16, float16 or float64.

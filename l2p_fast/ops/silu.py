@@ -1,6 +1,6 @@
 """silu(x) * y, the gate of the feed-forward, in one pass over memory, forward and backward.
 
-Why an op: plain PyTorch crosses memory twice, and its autograd keeps silu(x) as well; this keeps x and y. Values are
+One op, as plain PyTorch crosses memory twice, and its autograd keeps silu(x) as well; this keeps x and y. Values are
 computed in fp32 (fp64 for fp64) and rounded once. Left out: second derivatives.
 """
 

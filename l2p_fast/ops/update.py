@@ -1,7 +1,7 @@
-"""The sampler's update and the final picture, each in one pass over the fp32 state.
+"""The sampler's update and the final image, each in one pass over the fp32 state.
 
 Why ops: at 10240 px the state is 1.26 GB, and plain PyTorch crosses memory once for each sign, difference, product, sum
-and cast. Every operation is rounded as PyTorch rounds it, so pictures are the same with kernels and without. No
+and cast. Every operation is rounded as PyTorch rounds it, so images are the same with kernels and without. No
 gradients: both are for sampling. Left out: samplers of higher order.
 
 Letters: B batch, C channels, H and W pixels.
@@ -33,10 +33,10 @@ def euler_step_reference(
 
 def to_uint8_reference(pixels: Tensor) -> Tensor:
     """`to_uint8` in plain PyTorch: its specification, and what runs where no kernel was compiled."""
-    # One picture at a time and in place: a 10K picture is 1.2 GB in fp32.
+    # One image at a time and in place: a 10K image is 1.2 GB in fp32.
     out = pixels.new_empty((len(pixels), *pixels.shape[2:], pixels.shape[1]), dtype=torch.uint8)
-    for one, picture in zip(out, pixels, strict=True):
-        one.copy_(picture.mul(127.5).add_(127.5).round_().clamp_(0, 255).permute(1, 2, 0))
+    for one, image in zip(out, pixels, strict=True):
+        one.copy_(image.mul(127.5).add_(127.5).round_().clamp_(0, 255).permute(1, 2, 0))
     return out
 
 

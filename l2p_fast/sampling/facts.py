@@ -1,4 +1,4 @@
-"""Which model a name stands for, and what can be told of it without loading it. No torch here."""
+"""Which model a name stands for, and what is known about it without loading it. No torch here."""
 
 from __future__ import annotations
 

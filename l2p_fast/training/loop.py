@@ -44,7 +44,7 @@ def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
     Returns whether the run is finished: not stopped by a signal.
 
     Raises:
-        UserError: what the user can mend; earlier checkpoints are untouched.
+        UserError: a mistake that the user can fix; earlier checkpoints are untouched.
     """
     with RunFolder(config.run, workers) as run, run.telling_what_is_kept():
         return _train(config, workers, run, resume)

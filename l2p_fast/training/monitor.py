@@ -98,7 +98,7 @@ class Monitor:
     def __exit__(self, *_) -> None:
         for part in (self.bar, self.log, self.board):
             if part is not None:
-                with contextlib.suppress(OSError):  # of a full disk, which `step` has told of
+                with contextlib.suppress(OSError):  # a full disk, which `step` has reported
                     (part.finish if hasattr(part, "finish") else part.close)()
 
     def say(self, text: str) -> None:

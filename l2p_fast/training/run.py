@@ -91,7 +91,7 @@ class RunFolder:
         return next(reversed(checkpoints.complete(self.path)), None)
 
     def find(self, resume: str) -> tuple[Path | None, RunState, list[str]]:
-        """(the checkpoint to go on from, its state, what to tell of damaged ones); all processes take part.
+        """(the checkpoint to go on from, its state, what to say about damaged ones); all processes take part.
 
         ``resume``: ``auto`` the last of the run that is whole, ``none``, or a path.
 

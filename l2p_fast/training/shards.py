@@ -101,7 +101,7 @@ class Shards:
         shapes, dtypes: of the whole tensors, by name.
 
     Raises:
-        Damaged: a file that is none of a checkpoint, or rows that are missing or twice there.
+        Damaged: a file that does not belong to a checkpoint, or rows that are missing or twice there.
     """
 
     def __init__(self, folder: Path, files: list[str]):

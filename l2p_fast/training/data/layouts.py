@@ -91,7 +91,7 @@ def list_images(config: DataConfig) -> list[TrainingImage]:
     """All images of ``config.path`` and of the grids' own paths, in the order of their tables or shards.
 
     Raises:
-        UserError: no such data, no known layout, a row without a prompt, a number that is none.
+        UserError: no such data, no known layout, a row without a prompt, a value that is not a number.
     """
     if any(not (grid.path or config.path) for grid in config.grids):
         raise UserError("no training data; give data.path=FOLDER (metadata.csv, metadata.jsonl or .tar shards)")
