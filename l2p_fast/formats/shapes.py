@@ -1,4 +1,4 @@
-"""Shapes <-> configuration, by arithmetic: what keys and shapes say about a model, and the keys and shapes it must have.
+"""Shapes <-> configuration, by arithmetic: what keys and shapes say about a model, and the ones that it must have.
 
 Loads no torch and builds no model, so that a stranger's file is judged before anything is made for it.
 
