@@ -1,4 +1,4 @@
-// Why: what every CUDA kernel shares: element types, their conversions, 16-byte vectors.
+// Why: what every CUDA kernel shares: element types, their conversions, 16-byte vectors, shared memory, launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,6 +16,15 @@ template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T values[N];
 };
+
+// One store of 16 bytes: a plain assignment is taken apart by the compiler now and then.
+template <typename T, int N>
+__device__ void store(T* to, const Vector<T, N>& vector) {
+  static_assert(sizeof vector == sizeof(uint4));
+  uint4 bits;
+  memcpy(&bits, &vector, sizeof bits);
+  __stwb(reinterpret_cast<uint4*>(to), bits);
+}
 
 // What values of a type are computed in.
 template <typename T>
@@ -40,22 +49,55 @@ __device__ inline To convert(From value) {
   }
 }
 
-// Calls body(T{}) with the element type.
+// body(T{}) with the element type.
 template <typename Body>
-void with_type(Element element, const Body& body) {
+auto with_type(Element element, const Body& body) {
   switch (element) {
     case Element::f32: return body(float{});
     case Element::f64: return body(double{});
     case Element::f16: return body(__half{});
-    case Element::bf16: return body(__nv_bfloat16{});
+    default: return body(__nv_bfloat16{});
   }
 }
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+// The block's dynamic shared memory.
+template <typename T>
+__device__ T* dynamic_shared() {
+  extern __shared__ uint4 dynamic_memory[];
+  return reinterpret_cast<T*>(dynamic_memory);
+}
+
+constexpr int64_t kSharedBytes = 96 * 1024;  // of dynamic shared memory, on every architecture from sm_80 on
+
+// Launches on `stream` (a cudaStream_t) of the current device. Null, or what went wrong.
+template <typename... Wanted, typename... Given>
+const char* launch(void (*kernel)(Wanted...), dim3 grid, dim3 block, int64_t shared, void* stream,
+                   const Given&... given) {
+  cudaError_t error = cudaSuccess;
+  // More than 48 KB, static shared memory included, must be asked for: always as much, so that threads can't lower each
+  // other's limit. Where the device has less than is needed, the launch says so.
+  if (shared > 47 * 1024) {
+    const int64_t bytes = shared < kSharedBytes ? kSharedBytes : shared;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = static_cast<cudaStream_t>(stream);
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Wanted>(given)...);
+  }
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // told here: not again by whoever asks next
+  return cudaGetErrorString(error);
+}
+
+// Blocks of `threads` that have one thread for each of `count`.
+inline unsigned blocks_for(int64_t count, int threads) {
+  return static_cast<unsigned>((count + threads - 1) / threads);
 }
 
 }  // namespace l2p

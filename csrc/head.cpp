@@ -1,6 +1,6 @@
 // Why: PyTorch's face of the Detailer Head's levels: checks what memory safety needs, allocates, hands a plain struct to
 // the kernels. The schemas, the reference and the layouts are in l2p_fast/ops/head.py.
-#include "head_tile.h"
+#include "head.h"
 
 #include <algorithm>
 #include <array>
@@ -149,11 +149,6 @@ Tensor decode(const Tensor& x, const Tensor& skip, const Tensor& weight, const T
 
 void launch_cpu(const HeadLevel& level, const Tensor&) { head_kernel_cpu()(level); }
 
-void launch_tiles(const HeadLevel& level, const Tensor&) {
-  const char* error = head_level_tiles(level);
-  STD_TORCH_CHECK(error == nullptr, "head: ", error == nullptr ? "" : error);
-}
-
 }  // namespace
 
 // Where the processor lacks what the kernel needs, PyTorch's dispatcher goes on to the reference.
@@ -161,20 +156,6 @@ STABLE_TORCH_LIBRARY_IMPL(l2p_fast, CPU, m) {
   if (head_kernel_cpu() == nullptr) return;
   m.impl("head_encode", TORCH_BOX(&encode<launch_cpu>));
   m.impl("head_decode", TORCH_BOX(&decode<launch_cpu>));
-}
-
-// For the tests: the CUDA kernel's tiles, run by the host.
-STABLE_TORCH_LIBRARY_FRAGMENT(l2p_fast, m) {
-  m.def("head_encode_tiles(Tensor x, Tensor weight, Tensor bias, int channels, int x_start, int start, int stop, "
-        "int height, bool keep, bool pool) -> (Tensor, Tensor)");
-  m.def("head_decode_tiles(Tensor x, Tensor skip, Tensor weight, Tensor edge_weight, Tensor skip_weight, Tensor bias, "
-        "Tensor edge_bias, Tensor? out_weight, Tensor? out_bias, int channels, int x_start, int skip_start, int start, "
-        "int stop, int height) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(l2p_fast, CPU, tiles) {
-  tiles.impl("head_encode_tiles", TORCH_BOX(&encode<launch_tiles>));
-  tiles.impl("head_decode_tiles", TORCH_BOX(&decode<launch_tiles>));
 }
 
 #ifdef L2P_WITH_CUDA

@@ -83,4 +83,7 @@ HeadKernel head_kernel_cpu();
 void head_level_avx2(const HeadLevel&);
 void head_level_avx512(const HeadLevel&);
 
+// Launches on `stream` (a cudaStream_t) of the current device. Null, or what went wrong.
+const char* head_level_cuda(const HeadLevel&, void* stream);
+
 }  // namespace l2p

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "element.h"
+#include "index.h"
 
 namespace l2p {
 
@@ -47,20 +47,21 @@ L2P_HOST_DEVICE inline int64_t slabs_of_group(const NormShape& s) {
 }
 
 L2P_HOST_DEVICE inline Slab slab_at(const NormShape& s, int64_t index) {
-  const int64_t rows = row_count(s) / s.groups, group = index / slabs_of_group(s);
-  const int64_t begin = index % slabs_of_group(s) * s.slab_rows;
-  return {group, group * rows + begin, group * rows + (begin + s.slab_rows < rows ? begin + s.slab_rows : rows)};
+  const int64_t rows = divided(row_count(s), s.groups).quotient;
+  const Divided slab = divided(index, divided(rows + s.slab_rows - 1, s.slab_rows).quotient);
+  const int64_t begin = slab.remainder * s.slab_rows, first = slab.quotient * rows;
+  return {slab.quotient, first + begin, first + (begin + s.slab_rows < rows ? begin + s.slab_rows : rows)};
 }
 
 L2P_HOST_DEVICE inline int64_t row_offset(const NormShape& s, const int64_t stride[3], int64_t row) {
-  const int64_t token = row / s.heads;
-  return token / s.tokens * stride[0] + token % s.tokens * stride[1] + row % s.heads * stride[2];
+  const Divided head = divided(row, s.heads), token = divided(head.quotient, s.tokens);
+  return token.quotient * stride[0] + token.remainder * stride[1] + head.remainder * stride[2];
 }
 
 // Where the angles of the row's token begin: E / 2 of them.
 L2P_HOST_DEVICE inline int64_t angle_offset(const NormShape& s, int64_t row) {
-  const int64_t token = row / s.heads;
-  return token / s.tokens * s.angle_stride[0] + token % s.tokens * s.angle_stride[1];
+  const Divided token = divided(divided(row, s.heads).quotient, s.tokens);
+  return token.quotient * s.angle_stride[0] + token.remainder * s.angle_stride[1];
 }
 
 // Rows of a slab: enough to be worth a thread, or a block of the forward and the backward.

@@ -35,7 +35,7 @@ struct Chunk {
       Vector<T, N> vector;
 #pragma unroll
       for (int e = 0; e < N; ++e) vector.values[e] = convert<T>(values[e]);
-      *reinterpret_cast<Vector<T, N>*>(to) = vector;
+      store(to, vector);
     } else {
 #pragma unroll
       for (int e = 0; e < N; ++e) to[e] = convert<T>(values[e]);
@@ -102,8 +102,7 @@ __device__ void fill_factor(const NormShape& s, const NormData& d, int64_t group
 template <typename T, int N, bool kWide>
 __global__ void __launch_bounds__(kThreads) forward_kernel(NormShape s, NormData d) {
   using A = Accumulator<T>;
-  extern __shared__ double memory[];
-  A* factor = reinterpret_cast<A*>(memory);
+  A* factor = dynamic_shared<A>();
   const Slab slab = slab_at(s, blockIdx.x);
   fill_factor<T, N, kWide>(s, d, slab.group, factor);
   for (int64_t row = slab.begin; row < slab.end; ++row) {
@@ -135,8 +134,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormShape s, NormData
 template <typename T, int N, bool kWide>
 __global__ void __launch_bounds__(kThreads) backward_kernel(NormShape s, NormData d) {
   using A = Accumulator<T>;
-  extern __shared__ double memory[];
-  A* factor = reinterpret_cast<A*>(memory);
+  A* factor = dynamic_shared<A>();
   A* sums = factor + s.width;
   const Slab slab = slab_at(s, blockIdx.x);
   fill_factor<T, N, kWide>(s, d, slab.group, factor);
@@ -230,8 +228,7 @@ template <typename T, int N, bool kWide, int kLanes>
 __global__ void __launch_bounds__(kThreads) rope_backward_kernel(NormShape s, NormData d) {
   using A = Accumulator<T>;
   constexpr int kRows = kThreads / kLanes;
-  extern __shared__ double memory[];
-  A* sums = reinterpret_cast<A*>(memory);  // (kRows, E)
+  A* sums = dynamic_shared<A>();  // (kRows, E)
   const Slab slab = slab_at(s, blockIdx.x);
   const int lane = threadIdx.x % kLanes;
   A* own = sums + threadIdx.x / kLanes * s.width;
@@ -316,15 +313,7 @@ __global__ void __launch_bounds__(kWarp* kWarp) finish_kernel(NormShape s, NormD
   if (threadIdx.y == 0 && live) static_cast<T*>(d.weight_grad)[j] = convert<T>(whole);
 }
 
-template <typename Kernel>
-void launch(Kernel kernel, const NormShape& s, const NormData& d, int threads, int64_t shared, void* stream) {
-  // More than 48 KB, block_sum's own included, must be asked for; where the device has less, the launch says so.
-  if (shared > 47 * 1024) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  }
-  const auto slabs = static_cast<unsigned>(s.groups * slabs_of_group(s));
-  kernel<<<slabs, threads, shared, static_cast<cudaStream_t>(stream)>>>(s, d);
-}
+unsigned slab_count(const NormShape& s) { return static_cast<unsigned>(s.groups * slabs_of_group(s)); }
 
 // Threads of a block that has the columns of a row, `chunk` at once, shared out evenly.
 int threads_for(int64_t width, int chunk) {
@@ -350,69 +339,62 @@ bool chunks_are_aligned(const NormShape& s, const NormData& d, int bytes) {
 }
 
 template <typename T, int N, bool kWide>
-void forward_block(const NormShape& s, const NormData& d, void* stream) {
+const char* forward_block(const NormShape& s, const NormData& d, void* stream) {
   const int64_t shared = s.width * static_cast<int64_t>(sizeof(Accumulator<T>));
-  launch(forward_kernel<T, N, kWide>, s, d, threads_for(s.width, N), shared, stream);
+  return launch(forward_kernel<T, N, kWide>, slab_count(s), threads_for(s.width, N), shared, stream, s, d);
 }
 
 template <typename T, int N, bool kWide>
-void backward_block(const NormShape& s, const NormData& d, void* stream) {
+const char* backward_block(const NormShape& s, const NormData& d, void* stream) {
   const int64_t shared = 2 * s.width * static_cast<int64_t>(sizeof(Accumulator<T>));
-  launch(backward_kernel<T, N, kWide>, s, d, threads_for(s.width, N), shared, stream);
+  return launch(backward_kernel<T, N, kWide>, slab_count(s), threads_for(s.width, N), shared, stream, s, d);
 }
 
 template <typename T, int N, bool kWide, int kLanes>
-void rope(const NormShape& s, const NormData& d, void* stream) {
+const char* rope(const NormShape& s, const NormData& d, void* stream) {
   if (d.grad == nullptr) {
-    launch(rope_forward_kernel<T, N, kWide, kLanes>, s, d, kThreads, 0, stream);
-  } else {
-    const int64_t shared = kThreads / kLanes * s.width * static_cast<int64_t>(sizeof(Accumulator<T>));
-    launch(rope_backward_kernel<T, N, kWide, kLanes>, s, d, kThreads, shared, stream);
+    return launch(rope_forward_kernel<T, N, kWide, kLanes>, slab_count(s), kThreads, 0, stream, s, d);
   }
+  const int64_t shared = kThreads / kLanes * s.width * static_cast<int64_t>(sizeof(Accumulator<T>));
+  return launch(rope_backward_kernel<T, N, kWide, kLanes>, slab_count(s), kThreads, shared, stream, s, d);
 }
 
 // As many lanes as a row has chunks: heads of 128 bfloat16 values take half a warp.
 template <typename T, int N>
-void rope_by_width(const NormShape& s, const NormData& d, void* stream) {
-  if (s.width <= 8 * N) {
-    rope<T, N, true, 8>(s, d, stream);
-  } else if (s.width <= 16 * N) {
-    rope<T, N, true, 16>(s, d, stream);
-  } else {
-    rope<T, N, true, kWarp>(s, d, stream);
-  }
+const char* rope_by_width(const NormShape& s, const NormData& d, void* stream) {
+  if (s.width <= 8 * N) return rope<T, N, true, 8>(s, d, stream);
+  if (s.width <= 16 * N) return rope<T, N, true, 16>(s, d, stream);
+  return rope<T, N, true, kWarp>(s, d, stream);
 }
 
 }  // namespace
 
 const char* norm_forward_cuda(const NormShape& s, const NormData& d, Element element, void* stream) {
-  with_type(element, [&](auto type) {
+  if (const char* problem = too_many(row_count(s))) return problem;
+  return with_type(element, [&](auto type) {
     using T = decltype(type);
     constexpr int kWidest = 16 / sizeof(T);
     const bool wide = chunks_are_aligned(s, d, sizeof(T));
     if (d.cos != nullptr) {
-      wide ? rope_by_width<T, kWidest>(s, d, stream) : rope<T, 2, false, kWarp>(s, d, stream);
-    } else {
-      wide ? forward_block<T, kWidest, true>(s, d, stream) : forward_block<T, 1, false>(s, d, stream);
+      return wide ? rope_by_width<T, kWidest>(s, d, stream) : rope<T, 2, false, kWarp>(s, d, stream);
     }
+    return wide ? forward_block<T, kWidest, true>(s, d, stream) : forward_block<T, 1, false>(s, d, stream);
   });
-  return launch_error();
 }
 
 const char* norm_backward_cuda(const NormShape& s, const NormData& d, Element element, void* stream) {
-  with_type(element, [&](auto type) {
+  if (const char* problem = too_many(row_count(s))) return problem;
+  return with_type(element, [&](auto type) {
     using T = decltype(type);
     constexpr int kWidest = 16 / sizeof(T);
     const bool wide = chunks_are_aligned(s, d, sizeof(T));
-    if (d.cos != nullptr) {
-      wide ? rope_by_width<T, kWidest>(s, d, stream) : rope<T, 2, false, kWarp>(s, d, stream);
-    } else {
-      wide ? backward_block<T, kWidest, true>(s, d, stream) : backward_block<T, 1, false>(s, d, stream);
-    }
-    const auto blocks = static_cast<unsigned>((s.width + kWarp - 1) / kWarp);
-    finish_kernel<T><<<blocks, dim3(kWarp, kWarp), 0, static_cast<cudaStream_t>(stream)>>>(s, d);
+    const char* error =
+        d.cos != nullptr
+            ? wide ? rope_by_width<T, kWidest>(s, d, stream) : rope<T, 2, false, kWarp>(s, d, stream)
+            : wide ? backward_block<T, kWidest, true>(s, d, stream) : backward_block<T, 1, false>(s, d, stream);
+    if (error != nullptr) return error;
+    return launch(finish_kernel<T>, blocks_for(s.width, kWarp), dim3(kWarp, kWarp), 0, stream, s, d);
   });
-  return launch_error();
 }
 
 }  // namespace l2p

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "element.h"
+#include "index.h"
 
 namespace l2p {
 
@@ -26,13 +26,13 @@ struct Run {
 L2P_HOST_DEVICE inline int64_t run_count(const PatchLayout& s) { return s.batch * s.height * (s.width / s.patch); }
 
 L2P_HOST_DEVICE inline Run run_at(const PatchLayout& s, int64_t index) {
-  const int64_t columns = s.width / s.patch;
-  const int64_t column = index % columns;
-  const int64_t line = index / columns;
-  const int64_t y = line % s.height, b = line / s.height;
-  const int64_t token = y / s.patch * columns + column;
-  return {b * s.pixel_stride[0] + y * s.pixel_stride[2] + column * s.patch * s.pixel_stride[3],
-          b * s.token_stride[0] + token * s.token_stride[1] + y % s.patch * s.patch * s.channels * s.token_stride[2]};
+  const int64_t columns = divided(s.width, s.patch).quotient;
+  const Divided column = divided(index, columns), line = divided(column.quotient, s.height);
+  const int64_t b = line.quotient, y = line.remainder, x = column.remainder * s.patch;
+  const Divided row = divided(y, s.patch);  // of patches
+  const int64_t token = row.quotient * columns + column.remainder;
+  return {b * s.pixel_stride[0] + y * s.pixel_stride[2] + x * s.pixel_stride[3],
+          b * s.token_stride[0] + token * s.token_stride[1] + row.remainder * s.patch * s.channels * s.token_stride[2]};
 }
 
 // Pixel x (0 .. P-1) of channel c in a run, on either side.

@@ -15,9 +15,9 @@ __global__ void __launch_bounds__(kThreads)
     dense_kernel(Direction direction, PatchLayout s, Pixel* pixels, Token* tokens, int64_t chunks) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= chunks) return;
-  const int64_t chunks_in_run = s.patch / kChunk;
-  const Run run = run_at(s, index / chunks_in_run);
-  const int64_t x = index % chunks_in_run * kChunk;
+  const Divided chunk = divided(index, s.patch / kChunk);
+  const Run run = run_at(s, chunk.quotient);
+  const int64_t x = chunk.remainder * kChunk;
   Token* token = tokens + token_offset(s, run, x, 0);
   Vector<Pixel, kChunk> planar[3];
   Vector<Token, 3 * kChunk> interleaved;
@@ -45,9 +45,9 @@ __global__ void __launch_bounds__(kThreads)
     any_kernel(Direction direction, PatchLayout s, Pixel* pixels, Token* tokens, int64_t elements) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= elements) return;
-  const int64_t in_run = s.patch * s.channels;
-  const Run run = run_at(s, index / in_run);
-  const int64_t x = index % in_run / s.channels, c = index % s.channels;
+  const Divided feature = divided(index, s.patch * s.channels), channel = divided(feature.remainder, s.channels);
+  const Run run = run_at(s, feature.quotient);
+  const int64_t x = channel.quotient, c = channel.remainder;
   Pixel& pixel = pixels[pixel_offset(s, run, x, c)];
   Token& token = tokens[token_offset(s, run, x, c)];
   if (direction == Direction::to_tokens) {
@@ -66,18 +66,6 @@ bool vectors_are_aligned(const PatchLayout& s, const void* pixels, Element pixel
          s.token_stride[0] * token_bytes % 16 == 0 && s.token_stride[1] * token_bytes % 16 == 0;
 }
 
-template <typename Pixel, typename Token>
-void launch(Direction direction, const PatchLayout& s, Pixel* pixels, Token* tokens, bool dense, cudaStream_t stream) {
-  const int64_t elements = run_count(s) * s.patch * s.channels;
-  const int64_t work = dense ? elements / (3 * kChunk) : elements;
-  const auto blocks = static_cast<unsigned>((work + kThreads - 1) / kThreads);
-  if (dense) {
-    dense_kernel<<<blocks, kThreads, 0, stream>>>(direction, s, pixels, tokens, work);
-  } else {
-    any_kernel<<<blocks, kThreads, 0, stream>>>(direction, s, pixels, tokens, work);
-  }
-}
-
 }  // namespace
 
 const char* patchify_cuda(Direction direction, const PatchLayout& s, void* pixels, Element pixel_type, void* tokens,
@@ -85,13 +73,16 @@ const char* patchify_cuda(Direction direction, const PatchLayout& s, void* pixel
   if (run_count(s) == 0 || s.channels == 0) return nullptr;
   const bool dense =
       runs_are_dense(s, kChunk) && vectors_are_aligned(s, pixels, pixel_type, tokens, token_type);
-  with_type(pixel_type, [&](auto pixel) {
-    with_type(token_type, [&](auto token) {
-      launch(direction, s, static_cast<decltype(pixel)*>(pixels), static_cast<decltype(token)*>(tokens), dense,
-             static_cast<cudaStream_t>(stream));
+  const int64_t elements = run_count(s) * s.patch * s.channels, work = dense ? elements / (3 * kChunk) : elements;
+  if (const char* problem = too_many(elements)) return problem;
+  return with_type(pixel_type, [&](auto pixel) {
+    return with_type(token_type, [&](auto token) {
+      using Pixel = decltype(pixel);
+      using Token = decltype(token);
+      return launch(dense ? dense_kernel<Pixel, Token> : any_kernel<Pixel, Token>, blocks_for(work, kThreads), kThreads, 0,
+                    stream, direction, s, static_cast<Pixel*>(pixels), static_cast<Token*>(tokens), work);
     });
   });
-  return launch_error();
 }
 
 }  // namespace l2p

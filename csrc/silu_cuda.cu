@@ -71,30 +71,26 @@ int64_t chunk_count(const SiluData& d) {
 
 template <int N>
 unsigned block_count(const SiluData& d) {
-  const int64_t chunks = chunk_count<N>(d), threads = chunks + (d.count - chunks * N);
-  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+  const int64_t chunks = chunk_count<N>(d);
+  return blocks_for(chunks + (d.count - chunks * N), kThreads);
 }
 
 }  // namespace
 
 const char* silu_mul_cuda(const SiluData& d, Element element, void* stream) {
-  with_type(element, [&](auto type) {
+  return with_type(element, [&](auto type) {
     using T = decltype(type);
     constexpr int kChunk = 16 / sizeof(T);
-    forward_kernel<T, kChunk><<<block_count<kChunk>(d), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        d, chunk_count<kChunk>(d));
+    return launch(forward_kernel<T, kChunk>, block_count<kChunk>(d), kThreads, 0, stream, d, chunk_count<kChunk>(d));
   });
-  return launch_error();
 }
 
 const char* silu_mul_backward_cuda(const SiluData& d, Element element, void* stream) {
-  with_type(element, [&](auto type) {
+  return with_type(element, [&](auto type) {
     using T = decltype(type);
     constexpr int kChunk = 16 / sizeof(T);
-    backward_kernel<T, kChunk><<<block_count<kChunk>(d), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        d, chunk_count<kChunk>(d));
+    return launch(backward_kernel<T, kChunk>, block_count<kChunk>(d), kThreads, 0, stream, d, chunk_count<kChunk>(d));
   });
-  return launch_error();
 }
 
 }  // namespace l2p

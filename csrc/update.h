@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "element.h"
+#include "index.h"
 
 namespace l2p {
 
@@ -33,8 +33,9 @@ struct Pixel {
 
 // The pixel at `index` of (B, C, H, W).
 L2P_HOST_DEVICE inline Pixel pixel_at(const int64_t size[4], int64_t index) {
-  const int64_t line = index / size[3], plane = line / size[2];
-  return {plane / size[1], plane % size[1], line % size[2], index % size[3]};
+  const Divided line = divided(index, size[3]), plane = divided(line.quotient, size[2]);
+  const Divided sample = divided(plane.quotient, size[1]);
+  return {sample.quotient, sample.remainder, plane.remainder, line.remainder};
 }
 
 L2P_HOST_DEVICE inline int64_t offset_of(const int64_t stride[4], const Pixel& p) {

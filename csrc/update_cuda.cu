@@ -60,8 +60,6 @@ __global__ void __launch_bounds__(kThreads) any_picture_kernel(PictureData d, in
   }
 }
 
-unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
-
 bool lines_are_aligned(const void* data, const int64_t stride[4], int bytes) {
   return is_aligned(data) && stride[3] == 1 && stride[0] * bytes % 16 == 0 && stride[1] * bytes % 16 == 0 &&
          stride[2] * bytes % 16 == 0;
@@ -75,27 +73,21 @@ const char* euler_step_cuda(const UpdateData& d, Element raw_type, void* stream)
   const bool dense = d.size[3] % kStep == 0 && lines_are_aligned(d.x, d.x_stride, 4) &&
                      lines_are_aligned(d.out, d.out_stride, 4) && lines_are_aligned(d.raw, d.raw_stride, bytes) &&
                      (d.negative == nullptr || lines_are_aligned(d.negative, d.negative_stride, bytes));
-  with_type(raw_type, [&](auto type) {
+  const int64_t chunks = dense ? pixels / kStep : pixels;
+  if (const char* problem = too_many(pixels)) return problem;
+  return with_type(raw_type, [&](auto type) {
     using T = decltype(type);
-    const auto on = static_cast<cudaStream_t>(stream);
-    if (dense) {
-      step_kernel<T, kStep><<<blocks_for(pixels / kStep), kThreads, 0, on>>>(d, pixels / kStep);
-    } else {
-      step_kernel<T, 1><<<blocks_for(pixels), kThreads, 0, on>>>(d, pixels);
-    }
+    return launch(dense ? step_kernel<T, kStep> : step_kernel<T, 1>, blocks_for(chunks, kThreads), kThreads, 0, stream, d,
+                  chunks);
   });
-  return launch_error();
 }
 
 const char* to_uint8_cuda(const PictureData& d, void* stream) {
   const int64_t pixels = d.size[0] * d.size[2] * d.size[3];
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (d.size[1] == 3 && d.size[3] % kPicture == 0 && lines_are_aligned(d.pixels, d.stride, 4)) {
-    picture_kernel<<<blocks_for(pixels / kPicture), kThreads, 0, on>>>(d, pixels / kPicture);
-  } else {
-    any_picture_kernel<<<blocks_for(pixels), kThreads, 0, on>>>(d, pixels);
-  }
-  return launch_error();
+  const bool dense = d.size[1] == 3 && d.size[3] % kPicture == 0 && lines_are_aligned(d.pixels, d.stride, 4);
+  const int64_t work = dense ? pixels / kPicture : pixels;
+  if (const char* problem = too_many(pixels)) return problem;
+  return launch(dense ? picture_kernel : any_picture_kernel, blocks_for(work, kThreads), kThreads, 0, stream, d, work);
 }
 
 }  // namespace l2p

@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 from l2p_fast import ops
 from l2p_fast.models.blocks import RMSNorm
+from tests.far import far
 
 EPS = 1e-5
 # fp32 rounding of sums in another order; float16 and bfloat16 are held against fp32 instead
@@ -178,6 +179,15 @@ def test_strides(dtype):
             torch.testing.assert_close(
                 ops.qk_norm_rope(*args), ops.qk_norm_rope_reference(*args), **tolerance, msg=name
             )
+
+
+def test_offsets_beyond_32_bits():
+    for width in (32, 6):
+        for inputs in (block_inputs((2, 3, width)), head_inputs((2, 3, 2, width))):
+            for name, (fused, reference, args) in inputs.items():
+                given = [far(a.detach()) if isinstance(a, torch.Tensor) and a.ndim > 2 else a for a in args]
+                with torch.no_grad():
+                    torch.testing.assert_close(fused(*given), reference(*args), **EXACT[torch.float32], msg=name)
 
 
 def test_gradients_of_strided_results():

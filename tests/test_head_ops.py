@@ -18,6 +18,7 @@ from l2p_fast.ops.head import (
     pack,
     unpack,
 )
+from tests.far import far
 
 # (Ci, Cs, channels of up, Co, H, W, last level): the smallest, odd widths, more than one tile, a 3-channel skip.
 LEVELS = (
@@ -29,8 +30,11 @@ LEVELS = (
     (20, 4, 8, 6, 12, 196, False),
 )
 ENCODERS = ((3, 16, 8, 20), (4, 4, 2, 70), (3, 3, 20, 34), (16, 40, 6, 106), (3, 8, 4, 2))
-KERNELS = ["cpu", "avx2", "tiles"]
-CPU = [("cpu", torch.bfloat16), ("cpu", torch.float32), ("avx2", torch.bfloat16), ("avx2", torch.float32)]
+CPU = [
+    pytest.param(which, dtype, id=f"{which}-{str(dtype).removeprefix('torch.')}")
+    for which in ("cpu", "avx2")
+    for dtype in (torch.bfloat16, torch.float32)
+]
 
 
 def level(ci, cs, cu, co, height, width, last, dtype):
@@ -73,16 +77,16 @@ def error(a, b):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """A compiled op: this processor's own, that for AVX2, or the CUDA kernel's tiles on the host."""
+    """A compiled op: this processor's own, or that for AVX2."""
 
     def choose(op, which):
         if not ops.extension_status().startswith("loaded"):
             pytest.skip(ops.extension_status())
-        if which != "tiles" and not head_ops.fused_levels(torch.device("cpu"), torch.bfloat16):
+        if not head_ops.fused_levels(torch.device("cpu"), torch.bfloat16):
             pytest.skip("no kernels for this processor")
         if which == "avx2":
             monkeypatch.setenv("L2P_CPU", "avx2")  # read at every call
-        return getattr(torch.ops.l2p_fast, op + ("_tiles" if which == "tiles" else ""))
+        return getattr(torch.ops.l2p_fast, op)
 
     return choose
 
@@ -112,7 +116,7 @@ def test_composed_is_plain(sizes, dtype, tolerance):
         assert error(out, plain[:, :, start:stop]) <= tolerance
 
 
-@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("which", ["cpu", "avx2"])
 @pytest.mark.parametrize("sizes", LEVELS)
 def test_decode(kernel, sizes, which):
     run = kernel("head_decode", which)
@@ -140,7 +144,7 @@ def test_decode_in_float32(kernel, sizes, which):
         assert (out - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # first and last column, too
 
 
-@pytest.mark.parametrize("which,dtype", [*CPU, ("tiles", torch.bfloat16)])
+@pytest.mark.parametrize("which,dtype", CPU)
 @pytest.mark.parametrize("ci,co,height,width", ENCODERS)
 def test_encode(kernel, ci, co, height, width, which, dtype):
     run = kernel("head_encode", which)
@@ -185,6 +189,19 @@ def test_the_pool_keeps_what_is_not_a_number(kernel, which, dtype):
     inputs = x, *encoder_weights(conv), 0, 0, 8, 8, False, True
     pooled, wanted = run(*inputs)[1], head_encode_reference(*inputs)[1]
     assert wanted.isnan().any() and torch.equal(pooled.isnan(), wanted.isnan())
+
+
+@pytest.mark.parametrize("which", ["cpu", "avx2"])
+def test_offsets_beyond_32_bits(kernel, which):
+    convs, x, skip, _ = level(4, 4, 4, 4, 4, 6, True, torch.bfloat16)
+    x, skip = rows_first(x), rows_first(skip)
+    inputs = *decoder_weights(*convs), 0, 0, 0, 4, 4
+    run = kernel("head_decode", which)
+    assert torch.equal(run(far(x), far(skip), *inputs), run(x, skip, *inputs))
+    inputs = *encoder_weights(convs[0]), 0, 0, 4, 4, True, True
+    run = kernel("head_encode", which)
+    for a, b in zip(run(far(skip), *inputs), run(skip, *inputs), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("which,dtype", CPU)

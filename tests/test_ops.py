@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 from l2p_fast import ops
 from l2p_fast.errors import UserError
+from tests.far import far
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (B, C, H, W, P): the smallest, odd counts and sizes, other channel counts, a published patch size.
@@ -96,6 +97,14 @@ def test_strided_inputs(to):
         "expanded": picture(1, 1, 1).expand(2, 12, 48),
     }.items():
         assert torch.equal(ops.unpatchify(view, 4, 12, 16, to), ops.unpatchify_reference(view, 4, 12, 16, to)), name
+
+
+def test_offsets_beyond_32_bits():
+    for channels, dtype in ((3, torch.bfloat16), (1, torch.float32)):
+        pixels = picture(2, channels, 16, 32, dtype=dtype)
+        tokens = ops.patchify_reference(pixels, 16)
+        assert torch.equal(ops.patchify(far(pixels), 16), tokens)
+        assert torch.equal(ops.unpatchify(far(tokens), 16, 16, 32), pixels)
 
 
 def test_empty():

@@ -9,6 +9,7 @@ from torch.library import opcheck
 from l2p_fast import ops
 from l2p_fast.errors import UserError
 from l2p_fast.sampling import flow
+from tests.far import far
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (B, C, H, W): the smallest, odd sizes, whole vectors, more than one thread's lines
@@ -60,6 +61,14 @@ def test_a_step_of_strided_pictures():
             assert torch.equal(ops.euler_step(state, raw, -0.04, strided(negative)[other], 3.0), want), (name, other)
         ops.euler_step_(state, raw, -0.04, negative, 3.0)
         assert torch.equal(state, want), name
+
+
+def test_offsets_beyond_32_bits():
+    for width in (16, 5):
+        x, raw, negative = normal(2, 3, 4, width), normal(2, 3, 4, width, seed=1), normal(2, 3, 4, width, seed=2)
+        state, want = far(x), ops.euler_step_reference(x, raw, -0.04, negative, 3.0)
+        assert torch.equal(ops.to_uint8(state), ops.to_uint8_reference(x))
+        assert torch.equal(ops.euler_step_(state, far(raw), -0.04, far(negative), 3.0), want)
 
 
 def test_bytes_are_those_of_plain_pytorch():
