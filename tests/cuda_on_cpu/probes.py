@@ -1,0 +1,44 @@
+"""The emulator itself: what the probe kernels compute is right, and launches that no GPU takes are refused."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import pytest
+import torch
+
+LIBRARY = ctypes.CDLL(os.environ["L2P_CUDA_ON_CPU"])
+
+
+def call(name: str, *arguments: torch.Tensor | int) -> None:
+    function = getattr(LIBRARY, name)
+    function.restype = ctypes.c_char_p
+    given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in arguments]
+    if error := function(*given):
+        raise RuntimeError(error.decode())
+
+
+@pytest.mark.parametrize("rows", (1, 64, 150))
+def test_product_of_tiles_copied_in_the_background(rows):
+    a, b = torch.randn(rows, 16).bfloat16(), torch.randn(8, 16).bfloat16()
+    out = torch.full((rows, 8), torch.nan)
+    call("probe_product", a, b, out, rows)
+    torch.testing.assert_close(out, a.float() @ b.float().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", (1, 32, 1000))
+def test_votes_and_shuffles(count):
+    values = torch.randn(count)
+    counts = torch.full(((count + 31) // 32,), -1, dtype=torch.int32)
+    call("probe_count", values, counts, count)
+    assert counts.tolist() == [(part > 0).sum().item() for part in values.split(32)]
+
+
+def test_launches_that_no_gpu_takes_are_refused():
+    values, counts = torch.randn(1025), torch.zeros(33, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="threads of a block: 1056, at most 1024"):
+        call("probe_count", values, counts, 1025)
+    with pytest.raises(RuntimeError, match="no threads"):
+        call("probe_count", values, counts, 0)
+    call("probe_count", values, counts, 1024)  # and the next is none the worse
