@@ -153,7 +153,12 @@ class Build(build_ext):
         report.sources = ["csrc/build_info.cpp"]
         report.include_dirs = [pybind11.get_include(), str(generated)]
         report.extra_compile_args = {"cxx": ["-O1", "-g0", "-std=c++17", "-fvisibility=hidden"]}
-        super().run()
+        # Without ninja, setuptools itself would go on after what failed to compile, were it optional here.
+        kernels.optional = report.optional = False
+        try:
+            super().run()
+        finally:
+            kernels.optional = report.optional = True
 
 
 wants_torch = cpp_extension is None and MODE != "skip" and shutil.which("c++") is not None
