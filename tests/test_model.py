@@ -439,3 +439,47 @@ def test_sizes_of_the_10k_model():
     assert model.size_multiple == 320
     with pytest.raises(UserError, match="multiples of 320 for this model, got 480 x 640; try (320|640) x 640"):
         model(torch.zeros(1, 3, 480, 640), torch.zeros(1), [torch.zeros(4, 24)])
+
+
+# --- x0_floor, read_mean ---------------------------------------------------------------------------------------------
+
+
+def test_head_that_predicts_the_clean_image():
+    model, raw = tiny(x0_floor=0.05), tiny()
+    raw.load_state_dict(model.state_dict())
+    x, texts = torch.randn(2, 3, 32, 32), [torch.randn(4, model.config.cap_feat_dim)] * 2
+    t = torch.tensor([0.4, 0.99])
+    x0 = raw(x, t, texts)
+    sigma = torch.tensor([0.6, 0.05]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(model(x, t, texts), (x0 - x) / sigma)
+    cond = model.prepare(texts, 32, 32, timesteps=t[:1])
+    with pytest.raises(UserError, match="one per sample"):
+        model(x, cond=cond, step=0)
+
+
+def test_read_mean_needs_a_grid_and_changes_nothing_on_it():
+    with pytest.raises(UserError, match="rope_grid"):
+        tiny(read_mean=1)
+    model, plain = tiny(read_mean=1, rope_grid=2), tiny(rope_grid=2)
+    plain.load_state_dict(model.state_dict())
+    x, t, texts = torch.randn(1, 3, 32, 32), torch.tensor([0.3]), [torch.randn(4, model.config.cap_feat_dim)]
+    torch.testing.assert_close(model(x, t, texts), plain(x, t, texts))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 64)])
+def test_read_mean_reads_a_large_image_as_the_small_one(size):
+    model = tiny(read_mean=1, rope_grid=2)
+    texts, sigma = [torch.randn(4, model.config.cap_feat_dim)], 0.8
+    height, width = size[0] * 32 // max(size), size[1] * 32 // max(size)
+    gain = max(size) // 32
+    k = 1 - sigma + sigma / gain
+    small = torch.randn(1, 3, height, width)
+    large = (k * small).repeat_interleave(gain, 2).repeat_interleave(gain, 3)
+    wanted = model.features(small, torch.tensor([1 - sigma / gain / k]), texts)
+    t = torch.tensor([1 - sigma])
+    found = model.features(large, t, texts)
+    assert found.shape[-2:] == (size[0] // 16, size[1] // 16)
+    wanted = torch.nn.functional.interpolate(wanted, found.shape[-2:], mode="bilinear")
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    cond = model.prepare(texts, *size, timesteps=t)
+    torch.testing.assert_close(model.features(large, t, cond=cond, step=0), found, atol=1e-5, rtol=1e-5)

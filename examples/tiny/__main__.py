@@ -1,4 +1,4 @@
-"""``python -m examples.tiny ldm | corpus | transfer | score | ablate | sheet``: make and measure the bundled models."""
+"""``python -m examples.tiny STAGE``: make and measure the models of the small world, the bundled ones among them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m examples.tiny", description=__doc__)
     stages = p.add_subparsers(dest="stage", required=True)
     ldm = stages.add_parser("ldm", help="train the latent source model (autoencoder, then transformer)")
-    ldm.add_argument("--vae-minutes", type=float, default=8, help="training time of the autoencoder (default 8)")
     ldm.add_argument("--minutes", type=float, default=70, help="training time of the transformer (default 70)")
-    ldm.add_argument("--pictures", type=int, default=24000, help="training pictures drawn and encoded (default 24000)")
+    ldm.add_argument("--pictures", type=int, default=16384, help="training images drawn and encoded (default 16384)")
+    ldm.add_argument(
+        "--start", type=Path, help="pixel model whose blocks and text encoder to begin from (default: none)"
+    )
     corpus = stages.add_parser("corpus", help="let the source model draw the transfer's training pictures")
     corpus.add_argument("--count", type=int, default=1920, help="pictures (default 1920)")
     transfer = stages.add_parser("transfer", help="turn the source into a pixel model")
     transfer.add_argument("--patch-size", type=int, choices=(16, 64), default=16)
     transfer.add_argument("--minutes", type=float, default=30, help="training time (default 30)")
+    bundle = stages.add_parser("bundle", help="the source's transformer with a new head: the models of the package")
+    bundle.add_argument("--patch-size", type=int, choices=(16, 64), default=16)
+    bundle.add_argument("--minutes", type=float, default=45, help="training time of the head (default 45)")
     score = stages.add_parser("score", help="measure renderer, source and pixel models on the fixed prompts")
     score.add_argument("--per-task", type=int, default=40, help="prompts of each of the six tasks (default 40)")
     score.add_argument(
@@ -43,10 +48,11 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument("--steps", type=int, default=1500, help="training steps of each run (default 1500)")
     ablate.add_argument("--per-task", type=int, default=12, help="prompts of each of the six tasks (default 12)")
     ablate.add_argument("--other", type=Path, help="folder of another model's pictures with a metadata.csv")
-    sheet = stages.add_parser("sheet", help="a contact sheet of 16 prompts by the bundled model")
+    sheet = stages.add_parser("sheet", help="twelve prompts by the bundled models, and a part of a large image")
     sheet.add_argument("--out", type=Path, default=Path("contact-sheet.png"))
-    sheet.add_argument("--res", type=int, default=512, help="px of a side of each picture (default 512)")
-    for stage in (ldm, corpus, transfer, score, ablate, sheet):
+    sheet.add_argument("--res", type=int, default=1024, help="px of a side of each image (default 1024)")
+    sheet.add_argument("--large", type=int, default=4096, help="px of a side of the large image (default 4096)")
+    for stage in (ldm, corpus, transfer, bundle, score, ablate, sheet):
         stage.add_argument(
             "--folder", type=Path, default=Path("runs/tiny"), help="where all is kept (default runs/tiny)"
         )
@@ -75,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage == "ldm":
         from . import ldm
 
-        ldm.run(args.folder, device, args.vae_minutes, args.minutes, args.pictures)
+        ldm.run(args.folder, device, args.minutes, args.pictures, args.start)
     elif args.stage == "corpus":
         from . import corpus
 
@@ -84,6 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         from . import transfer
 
         transfer.run(args.folder, device, args.patch_size, args.minutes)
+    elif args.stage == "bundle":
+        from . import bundle
+
+        bundle.run(args.folder, device, args.patch_size, args.minutes)
     elif args.stage == "ablate":
         from . import ablate
 
@@ -91,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.stage == "sheet":
         from . import score
 
-        score.bundled_sheet(args.out, device, args.res)
+        score.bundled_sheet(args.out, device, args.res, args.large)
     else:
         from . import score
 

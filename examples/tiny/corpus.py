@@ -23,11 +23,12 @@ from l2p_fast.errors import UserError
 from l2p_fast.files import atomic_path
 from l2p_fast.ops import to_uint8
 
+from .autoencoder import PatchAutoencoder
 from .ldm import BATCH, SIDE, random_pictures
 from .scorer import matches, read
 from .world import Prompt, draw, draw_scene
 
-STEPS, GUIDANCE = 16, 3.5
+STEPS, GUIDANCE = 16, 2.0
 
 
 def load_source(folder: Path, device: torch.device) -> ZImagePipeline:
@@ -38,13 +39,15 @@ def load_source(folder: Path, device: torch.device) -> ZImagePipeline:
     """
     if not (folder / "source").exists():
         raise UserError(f"no source model in {folder}; train it first: python -m examples.tiny ldm --folder {folder}")
-    pipeline = ZImagePipeline.from_pretrained(folder / "source", torch_dtype=torch.bfloat16).to(device)
+    pipeline = ZImagePipeline.from_pretrained(
+        folder / "source", vae=PatchAutoencoder.from_pretrained(folder / "vae"), torch_dtype=torch.bfloat16
+    ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def sample_source(pipeline: ZImagePipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-    """256-px pictures, one for each prompt and seed. diffusers counts guidance from 0, so its scale is ours less 1."""
+    """128-px images, one for each prompt and seed. diffusers counts guidance from 0, so its scale is ours less 1."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipeline(
         list(prompts), height=SIDE, width=SIDE, num_inference_steps=STEPS, guidance_scale=GUIDANCE - 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -15,10 +16,52 @@ from tqdm import tqdm
 from l2p_fast.files import atomic_path
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (Jordan 2024), for weights of two or more axes; the axes after the first count as one.
+
+    All weights of one shape are orthogonalized by one batch of products: a small model has many small matrices. The
+    update has the size of AdamW's, so that the rate can be shared.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for weights in alike.values():
+                for p in weights:
+                    if not self.state[p]:
+                        self.state[p]["average"] = torch.zeros_like(p)
+                grads = torch.stack([p.grad.flatten(1) for p in weights])
+                averages = torch.stack([self.state[p]["average"].flatten(1) for p in weights])
+                averages.lerp_(grads, 1 - group["momentum"])
+                updates = orthogonal(grads.lerp(averages, group["momentum"]))  # Nesterov's look ahead
+                size = 0.2 * math.sqrt(max(updates.shape[1:]))
+                for p, average, update in zip(weights, averages, updates, strict=True):
+                    self.state[p]["average"].copy_(average.view_as(p))
+                    p.mul_(1 - group["lr"] * group["decay"]).sub_(update.view_as(p), alpha=group["lr"] * size)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Matrices (n, rows, columns) with their singular values brought near 1, by five Newton-Schulz steps in bf16."""
+    tall = x.shape[1] > x.shape[2]
+    y = (x.mT if tall else x).bfloat16()
+    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = y @ y.mT
+        y = 3.4445 * y + (-4.775 * square + 2.0315 * square @ square) @ y
+    return (y.mT if tall else y).float()
+
+
 class Optimizer:
     """Muon for the weight matrices of the blocks, AdamW for all else; one learning rate for both.
 
-    `matrices` says which parameters go to Muon (its update has the size of AdamW's, so the rate can be shared).
+    `matrices` says which parameters go to Muon.
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]], lr: float, matrices: Callable[[str, Tensor], bool]):
@@ -27,7 +70,7 @@ class Optimizer:
         rest = [p for name, p in named if not matrices(name, p)]
         self.parts = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
         if muon:
-            self.parts.append(torch.optim.Muon(muon, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(muon, lr))
         self.parameters = [p for _, p in named]
         self.lr = lr
 
@@ -91,7 +134,7 @@ def fit(
             progress = max(used / (minutes * 60), step / max_steps if max_steps else 0)
             loss = loss_of(step)
             loss.backward()
-            cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+            cosine = 0.5 * (1 + math.cos(math.pi * progress))
             optimizer.step(min((step + 1) / 100, 1.0) * (0.02 + 0.98 * cosine))
             with torch.no_grad():
                 decay = min(ema_decay, (step + 1) / (step + 10))

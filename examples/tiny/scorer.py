@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -36,37 +37,42 @@ def _normalize(mask: np.ndarray, side: int = 32) -> np.ndarray:
     return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize((side, side), Image.BILINEAR)) > 127
 
 
-def read(picture: np.ndarray | Image.Image) -> list[Thing]:
-    """The things in a picture.
+def areas(image: np.ndarray | Image.Image) -> Iterator[tuple[str, np.ndarray]]:
+    """(color, bool mask) of each connected area of one color, at `SIDE` px of the longer side."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(((np.moveaxis(image, 0, 2) + 1) * 127.5).clip(0, 255).round().astype(np.uint8))
+    scale = SIDE / max(image.size)
+    size = [max(1, round(s * scale)) for s in image.size]
+    rgb = np.asarray(image.convert("RGB").resize(size, Image.BOX if scale < 1 else Image.BILINEAR), np.float32) / 255
+    palette = np.array([PAPER, *COLORS.values()], np.float32)
+    nearest = np.square(rgb[:, :, None] - palette).sum(-1).argmin(-1)
+    for index, color in enumerate(COLORS, start=1):
+        # Opening drops the thin fringes where a blend of two colors comes near a third.
+        labels, count = ndimage.label(ndimage.binary_opening(nearest == index, np.ones((3, 3))))
+        for area in range(1, count + 1):
+            mask = labels == area
+            if mask.sum() >= MIN_AREA * SIDE**2:
+                yield color, mask
+
+
+def read(image: np.ndarray | Image.Image) -> list[Thing]:
+    """The things in an image.
 
     Args:
-        picture: a PIL image, or an array (3, H, W) in [-1, 1].
+        image: a PIL image, or an array (3, H, W) in [-1, 1].
 
     Returns:
         Things in units of the longer side. An area that is like no outline has the shape "unknown".
     """
-    if not isinstance(picture, Image.Image):
-        picture = Image.fromarray(((np.moveaxis(picture, 0, 2) + 1) * 127.5).clip(0, 255).round().astype(np.uint8))
-    scale = SIDE / max(picture.size)
-    size = [max(1, round(s * scale)) for s in picture.size]
-    rgb = np.asarray(picture.convert("RGB").resize(size, Image.BOX if scale < 1 else Image.BILINEAR), np.float32) / 255
-    palette = np.array([PAPER, *COLORS.values()], np.float32)
-    nearest = np.square(rgb[:, :, None] - palette).sum(-1).argmin(-1)
     things = []
-    for index, color in enumerate(COLORS, start=1):
-        # Opening drops the thin fringes where a blend of two colours comes near a third.
-        areas, count = ndimage.label(ndimage.binary_opening(nearest == index, np.ones((3, 3))))
-        for area in range(1, count + 1):
-            mask = areas == area
-            if mask.sum() < MIN_AREA * SIDE**2:
-                continue
-            outline = _normalize(mask)
-            overlap = {s: (outline & t).sum() / (outline | t).sum() for s, t in _templates().items()}
-            shape = max(overlap, key=overlap.get)
-            rows, cols = np.nonzero(mask)
-            middle = np.array([cols.min() + cols.max() + 1, rows.min() + rows.max() + 1]) / 2 / SIDE
-            extent = max(np.ptp(rows), np.ptp(cols)) / 2 / SIDE
-            things.append(Thing(shape if overlap[shape] >= MIN_OVERLAP else "unknown", color, *middle, extent))
+    for color, mask in areas(image):
+        outline = _normalize(mask)
+        overlap = {s: (outline & t).sum() / (outline | t).sum() for s, t in _templates().items()}
+        shape = max(overlap, key=overlap.get)
+        rows, cols = np.nonzero(mask)
+        middle = np.array([cols.min() + cols.max() + 1, rows.min() + rows.max() + 1]) / 2 / SIDE
+        extent = max(np.ptp(rows), np.ptp(cols)) / 2 / SIDE
+        things.append(Thing(shape if overlap[shape] >= MIN_OVERLAP else "unknown", color, *middle, extent))
     return things
 
 

@@ -24,10 +24,13 @@ COLORS = {  # sRGB in [0, 1]
     "purple": (0.56, 0.20, 0.70),
     "black": (0.10, 0.10, 0.11),
 }
+# What a thing looks like when no color is asked for.
+USUAL_COLORS = {"circle": "red", "square": "blue", "triangle": "green", "star": "yellow", "ring": "purple"}
 PAPER = (0.94, 0.93, 0.90)
 COUNTS = ("a", "two", "three", "four")
 RELATIONS = ("left of", "right of", "above", "below")
 TEXTURE_PERIODS = (128, 512)  # periods along the longer side
+WEAVE = 0.05  # amplitude of the texture of paint, white being 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +120,8 @@ def evaluation_prompts(per_task: int = 40) -> list[Prompt]:
 # ---- scenes --------------------------------------------------------------------------------------------------------
 
 # Half sizes in units of half a cell: a single thing has the page to itself, others share it cell by cell.
-_SIZES = {1: (0.38, 0.54), 2: (0.62, 0.82)}
+_SIZES = {1: (0.46, 0.62), 2: (0.64, 0.84)}
+_PLAY = 0.8  # share of the room around a thing in which it moves about
 
 
 def relation_holds(relation: str, first: np.ndarray, second: np.ndarray, clearness: float = 1.0) -> bool:
@@ -132,34 +136,46 @@ def relation_holds(relation: str, first: np.ndarray, second: np.ndarray, clearne
     return bool(gap > 0 and abs((dx, dy)[axis]) > clearness * abs((dx, dy)[1 - axis]))
 
 
+def layout(prompt: Prompt) -> tuple[np.ndarray, float]:
+    """Where a prompt's things stand: centres (n, 2) in units of the page's sides, and the side of a thing's cell.
+
+    The layout follows from the words. Two groups share the page as their relation says, without one as they are read,
+    from left to right, and each is a row along the middle of its half. Two things of one kind stand side by side,
+    three and four in two rows.
+    """
+    if len(prompt.groups) == 1:
+        points = {
+            1: [(0.5, 0.5)],
+            2: [(0.25, 0.5), (0.75, 0.5)],
+            3: [(0.5, 0.25), (0.25, 0.75), (0.75, 0.75)],
+            4: [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)],
+        }[prompt.groups[0].count]
+        return np.array(points), 1.0 if len(points) == 1 else 0.5
+    relation = prompt.relation or RELATIONS[0]
+    sides = (0.25, 0.75) if relation in ("left of", "above") else (0.75, 0.25)
+    rows = [np.stack([np.full(g.count, s), (np.arange(g.count) + 0.5) / g.count], 1)
+            for g, s in zip(prompt.groups, sides, strict=True)]  # fmt: skip
+    points = np.concatenate(rows)
+    return points if relation in ("left of", "right of") else points[:, ::-1], 1 / max(
+        2, *(group.count for group in prompt.groups)
+    )
+
+
 def draw_scene(rng: np.random.Generator, prompt: Prompt, height: int = 1, width: int = 1) -> list[Thing]:
     """A random scene that shows ``prompt`` on a canvas of aspect ``height`` : ``width``, nothing overlapping.
 
-    Every thing moves about in a cell of its own, one of 2 x 2 (a single thing has the whole page, many have 3 x 3).
+    Things vary in size and move about a little in a cell of their own.
     """
-    kinds, owner = [], []
-    for index, group in enumerate(prompt.groups):
-        color = group.color or str(rng.choice(list(COLORS)))
-        kinds += [(group.shape, color)] * group.count
-        owner += [index] * group.count
-    total, owner = len(kinds), np.array(owner)
-    for side in range(2 if total > 1 else 1, total + 2):
-        if side**2 < total:
-            continue
-        half = np.array([width, height]) / max(height, width) / side / 2
-        for _ in range(200):
-            cells = rng.permutation(side**2)[:total]
-            size = rng.uniform(*_SIZES[min(total, 2)], total) * half.min()
-            play = half - size[:, None] - 0.05 * half.min()
-            points = (2 * np.stack([cells % side, cells // side], 1) + 1) * half + rng.uniform(-play, play)
-            first, second = points[owner == 0], points[owner == 1]
-            if prompt.relation and not relation_holds(prompt.relation, first, second, clearness=1.3):
-                continue
-            return [
-                Thing(*kind, x=float(x), y=float(y), size=float(s))
-                for kind, (x, y), s in zip(kinds, points, size, strict=True)
-            ]
-    raise ValueError(f"found no scene for {prompt.text!r}")
+    kinds = [(g.shape, g.color or USUAL_COLORS[g.shape]) for g in prompt.groups for _ in range(g.count)]
+    points, cell = layout(prompt)
+    page = np.array([width, height]) / max(height, width)
+    half = cell * page.min() / 2
+    size = rng.uniform(*_SIZES[min(len(kinds), 2)], len(kinds)) * half
+    play = _PLAY * (0.95 * half - size[:, None])
+    points = points * page + rng.uniform(-play, play, points.shape)
+    return [
+        Thing(*kind, x=float(x), y=float(y), size=float(s)) for kind, (x, y), s in zip(kinds, points, size, strict=True)
+    ]
 
 
 def labels(scene: list[Thing], grid: int) -> np.ndarray:
@@ -246,7 +262,7 @@ def draw(scene: list[Thing], height: int, width: int, window: tuple[int, int, in
         size = np.float32(thing.size)
         distance = signed_distance(thing.shape, (xs - np.float32(thing.x)) / size, (ys - np.float32(thing.y)) / size)
         cover = np.clip(0.5 - distance * size * np.float32(pixels), 0, 1)
-        paint = np.asarray(COLORS[thing.color], np.float32)[:, None, None] + 0.05 * _texture(
+        paint = np.asarray(COLORS[thing.color], np.float32)[:, None, None] + WEAVE * _texture(
             xs, ys, pixels, weave=False
         )
         picture[:, part[0], part[1]] += cover * (paint - picture[:, part[0], part[1]])

@@ -31,6 +31,8 @@ NOT_IN_SHAPES = {
     "axes_dims": (int, 2, 4096),
     "axes_lens": (int, 1, 1 << 20),
     "rope_grid": (int, 1, 1 << 20),
+    "x0_floor": (float, 1e-4, 1.0),
+    "read_mean": (int, 1, 1 << 10),
 }
 _LISTS = ("axes_dims", "axes_lens")
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -86,6 +87,13 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         rope_grid: with a number, every token grid is mapped onto the positions of a ``rope_grid`` x ``rope_grid`` one
             (centred, aspect kept), and image keys get the logit bias log(rope_grid^2 / (h w)) beside text, so that a
             model trained on that grid can run on any. None (published): rows and columns are their own positions.
+        x0_floor: with a number, the head gives the clean image x0, and `forward` makes x0 - eps of it, dividing by
+            sigma, or by this where sigma is smaller: a small head then need not carry the noise through (Li and He
+            2025, arXiv 2511.13720). None (published): the head gives x0 - eps.
+        read_mean: with a number, the transformer reads every image on its ``rope_grid``: reduced to it by means over
+            squares, and, as a mean holds less noise, scaled and timed as the flow of the smaller image; the head gets
+            the features enlarged. The number is the side in pixels of the squares whose mean the patch embedding takes
+            itself. None (published): it reads the image as it is.
 
     Raises:
         UserError: a configuration that no L2P model has.
@@ -119,8 +127,12 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         axes_lens: Sequence[int] = (1024, 512, 512),
         head_width: float = 1.0,
         rope_grid: int | None = None,
+        x0_floor: float | None = None,
+        read_mean: int | None = None,
     ):
         super().__init__()
+        if read_mean is not None and rope_grid is None:
+            raise UserError(f"read_mean = {read_mean} needs a rope_grid, got none")
         if len(all_patch_size) != 1 or all_patch_size[0] not in OF_PATCH:
             raise UserError(f"all_patch_size must hold one of {sorted(OF_PATCH)}, got {list(all_patch_size)}")
         if list(all_f_patch_size) != [1] or in_channels != 3:
@@ -235,7 +247,7 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
 
         Args:
             pixels: (B, 3, H, W) noisy image, range about [-1, 1], any floating dtype.
-            t: (B,) model time 1 - sigma in [0, 1]; not needed with ``step``.
+            t: (B,) model time 1 - sigma in [0, 1]; not needed with ``step``, but with ``x0_floor`` or ``read_mean``.
             cap_feats: B tensors (L_i, cap_feat_dim), text features without padding; not needed with ``cond``.
             cond: `prepare` of the same texts and size, to reuse what does not depend on the step.
             step: index into the timesteps that ``cond`` was prepared with.
@@ -251,7 +263,11 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         features = self.features(pixels, t, cap_feats, cond=cond, step=step)
         if windows is not None:
             pixels, features = cut(pixels, windows, self.patch_size), cut(features, windows)
-        return self.head(pixels, features)
+        out = self.head(pixels, features)
+        if self.config.x0_floor is not None:  # x = x0 - sigma (x0 - eps)
+            sigma = (1 - t.to(out.device, torch.float32)).clamp(min=self.config.x0_floor).view(-1, 1, 1, 1)
+            out = (out - pixels.to(out.dtype)) / sigma.to(out.dtype)
+        return out
 
     def features(
         self,
@@ -275,10 +291,17 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
                 f"the text conditioning is for {cond.text.shape[0]} samples of {cond.size[0]} x {cond.size[1]}, "
                 f"pixels are {batch} of {height} x {width}"
             )
-        temb, modulations = None, [None] * (len(self.noise_refiner) + len(self.layers))
-        if step is None:
+        reduced = self.config.read_mean is not None
+        if step is None or reduced or self.config.x0_floor is not None:
             if t is None or t.shape != (batch,):
                 raise UserError(f"t must be ({batch},), one per sample, got {None if t is None else tuple(t.shape)}")
+        whole, (height, width) = (height, width), self._read_size(height, width)
+        if reduced:
+            noise, t = self._as_read(t.to(pixels.device, torch.float32), whole)
+            pixels = F.interpolate(pixels, (height, width), mode="area") if whole != (height, width) else pixels
+            pixels = pixels / noise.view(-1, 1, 1, 1)
+        temb, modulations = None, [None] * (len(self.noise_refiner) + len(self.layers))
+        if step is None:
             temb = self.embed_time(t.to(pixels.device))
         else:
             steps = 0 if cond.modulations is None else cond.modulations[0].shape[0]
@@ -294,7 +317,10 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         x = torch.cat([x, cond.text.to(x.dtype)], dim=1)
         for block, modulation in zip(self.layers, modulations[refiners:], strict=True):
             x = self._run(block, x, cond.rope_joint, cond.keys, temb, modulation)
-        return x[:, : math.prod(grid)].unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last as it stands
+        x = x[:, : math.prod(grid)].unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last as it stands
+        if whole != (height, width):
+            x = F.interpolate(x, tuple(side // self.patch_size for side in whole), mode="bilinear")
+        return x
 
     def prepare(
         self, cap_feats: Sequence[Tensor], height: int, width: int, timesteps: Tensor | None = None
@@ -328,7 +354,8 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         text = torch.stack(rows)
         text_positions = torch.zeros(longest, 3, dtype=torch.float64)
         text_positions[:, 0] = torch.arange(1, longest + 1)
-        grid = height // self.patch_size, width // self.patch_size
+        read = self._read_size(height, width)
+        grid = read[0] // self.patch_size, read[1] // self.patch_size
         image_positions = [self._image_positions(grid, n) for n in (padded if len(set(padded)) > 1 else padded[:1])]
         image_positions = torch.stack(image_positions)  # one for all where the texts have one padded length
         joint_positions = torch.cat([image_positions, text_positions.expand(len(image_positions), -1, -1)], dim=1)
@@ -344,7 +371,10 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         if timesteps is not None:
             if timesteps.ndim != 1:
                 raise UserError(f"timesteps must be (steps,), got {tuple(timesteps.shape)}")
-            temb, modulations = self.embed_time(timesteps.to(device)), []
+            times = timesteps.to(device)
+            if self.config.read_mean is not None:
+                times = self._as_read(times.float(), (height, width))[1]
+            temb, modulations = self.embed_time(times), []
             for block in self.modulated_blocks:
                 with _onloaded(block):
                     modulations.append(block.adaLN_modulation(temb))
@@ -366,6 +396,25 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
+
+    def _read_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels at which the transformer reads an image of this size."""
+        patch, side = self.patch_size, self.config.rope_grid
+        tokens = max(height, width) // patch
+        if self.config.read_mean is None or tokens <= side:
+            return height, width
+        return tuple(max(1, round(n // patch * side / tokens)) * patch for n in (height, width))
+
+    def _as_read(self, t: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What an image of ``size`` is divided by, and its time, as the transformer reads it.
+
+        Means over g x g pixels keep the image and divide the noise by g: (1 - s) x0 + (s / g) eps is k times a state of
+        the smaller image's own flow at s / (g k), with k = 1 - s + s / g.
+        """
+        g = self.config.read_mean * math.sqrt(math.prod(size) / math.prod(self._read_size(*size)))
+        sigma = 1 - t
+        k = t + sigma / g
+        return k, 1 - sigma / (g * k)
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Model times 1 - sigma (B,) -> the embedding (B, A) that modulates the blocks."""
