@@ -115,7 +115,7 @@ def test_transfer_starts_from_the_source_and_the_smaller_patch():
     [
         (["corpus"], "train it first"),
         (["transfer", "--patch-size", "64"], "patch-16"),
-        (["score", "--per-task", "0"], "must be positive"),
+        (["score", "--per-task", "0"], "must be above 0"),
         (["ldm", "--device", "quantum"], "no device"),
     ],
 )

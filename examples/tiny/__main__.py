@@ -10,7 +10,6 @@ from l2p_fast.errors import Parser, UserError, run_cli
 # Of each number that an option takes; all are above 0.
 LARGEST = {
     "minutes": 1e5,
-    "vae_minutes": 1e5,
     "pictures": 10**7,
     "count": 10**6,
     "per_task": 10**4,
