@@ -36,8 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     config.parallel.fsdp |= args.fsdp
     config.parallel.hybrid |= args.hybrid
     check(config)
-    if not 1 <= args.processes <= 100_000:
-        raise UserError(f"--processes must be at least 1 and at most 100000, got {args.processes}")
+    if args.processes < 1:
+        raise UserError(f"--processes must be at least 1, got {args.processes}")
+    if args.processes > 100_000:
+        raise UserError(f"--processes must be at most 100000, got {args.processes}")
     if args.device_gb is not None and not 0 < args.device_gb < 1e9:
         raise UserError(f"--device-gb must be a device's memory in GB, got {args.device_gb:g}")
     if args.dry_run:
