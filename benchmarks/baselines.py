@@ -131,12 +131,14 @@ class Judge:
     """How far a result of the whole model may be from the plain model's.
 
     Where an fp32 copy of the model fits, errors are taken against that copy, in units of the plain model's own error,
-    of which 2 are allowed. Else it is the distance to the plain model in the same dtype, and 0.1 is allowed.
+    of which 2 are allowed. Else it is the distance to the plain model in the same dtype, and 0.1 is allowed, or 1e-4 if
+    that is fp32.
     """
 
     def __init__(self, model: L2PTransformer2DModel, device: str):
-        self.model, self.by_fp32 = model, device == "cpu" or roomy(device)
-        self.tolerance = 2.0 if self.by_fp32 else 0.1
+        in_fp32 = model.dtype == torch.float32
+        self.model, self.by_fp32 = model, not in_fp32 and (device == "cpu" or roomy(device))
+        self.tolerance = 2.0 if self.by_fp32 else 1e-4 if in_fp32 else 0.1
         self.against = "fp32, in units of the plain model's own error" if self.by_fp32 else "the plain model"
 
     def __call__(self, result: Tensor, plain_result: Tensor, run_plain: Callable[[PlainL2P], Tensor]) -> float:

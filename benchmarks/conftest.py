@@ -14,10 +14,12 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+
+from l2p_fast.ops import cpu_has_fast_bf16
 
 from . import measure
 from .measure import FAILED, NOT_RUN, OK, SCALES, WRONG, Limits, Scale
@@ -65,6 +67,8 @@ class Session:
         self.device: str = asked or ("cuda" if torch.cuda.is_available() else "cpu")
         usual = "full" if self.device == "cuda" else "cpu"
         self.scale: Scale = SCALES["quick" if option("quick") else option("scale") or usual]
+        if self.device == "cpu" and not cpu_has_fast_bf16():
+            self.scale = replace(self.scale, dtype="float32")
         self.compile = option("compile") == "on" or (option("compile") == "auto" and self.device == "cuda")
         self.row_seconds, self.started = option("row_seconds"), time.monotonic()
         self.total_seconds = option("total_seconds")
