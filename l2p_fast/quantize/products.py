@@ -9,6 +9,7 @@ M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 
@@ -38,8 +39,17 @@ def lowbit_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
+@functools.cache
+def _adds_exactly() -> bool:
+    """Whether int8 products are summed in 32 bits. Without VNNI a library may add pairs in 16, which saturate."""
+    values = torch.full((32, 32), 127, dtype=torch.int8)
+    return bool(torch._int_mm(values, values.t()).eq(32 * 127 * 127).all())
+
+
 def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x (..., K) times a rounded weight (N, K) with scales (N, 1): (..., N) in ``x``'s dtype, no gradients."""
+    if weight.dtype == torch.int8 and x.device.type == "cpu" and not _adds_exactly():
+        return lowbit_linear_reference(x, weight, scale)
     values, x_scale = encode(x.flatten(0, -2), weight.dtype)
     if weight.dtype == torch.int8:
         out = torch._int_mm(values, weight.t()) * x_scale * scale.t()
@@ -71,9 +81,9 @@ class LowBitLinear(nn.Linear):
     def load_weight(self, chunks: Iterable[Tensor], device: torch.device | str) -> None:
         """Round the weight, given as its rows in a piece after the other, and keep it on ``device``."""
         if self.weight.device != torch.device(device):
-            self.weight = torch.empty_like(self.weight, device=device)
-            self.weight_scale = torch.empty_like(self.weight_scale, device=device)
-        first, squares = 0, torch.zeros(2, device=device)
+            self.weight = torch.empty_like(self.weight)
+            self.weight_scale = torch.empty_like(self.weight_scale)
+        first, squares = 0, torch.zeros(2)
         for chunk in chunks:
             for rows in chunk.split(ROWS):
                 rows = rows.to(device, torch.float32)
