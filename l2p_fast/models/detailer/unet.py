@@ -188,6 +188,8 @@ class DetailerHead(nn.Module):
         convs = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         if any(type(conv) not in (nn.Conv2d, SplitConv1x1) for conv in convs):
             return None  # adapters
+        if any(getattr(conv, hook, None) for conv in convs for hook in ("_diffusers_hook", "_hf_hook")):
+            return None  # weights that come only when a convolution itself is called
         if any(conv.weight.dtype != dtype or conv.weight.device != device for conv in convs):
             return None  # stored otherwise until a hook brings them
         if self._kernels is None or not self._kernels.is_of(self):
