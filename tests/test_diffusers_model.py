@@ -58,7 +58,7 @@ HOW = [dict(num_blocks_per_group=1), dict(num_blocks_per_group=2), dict(offload_
 
 
 def expected_with(how, model, *args):
-    """What an offloaded ``model`` should give. Leaf by leaf, the head's convolutions are called themselves: no kernels."""
+    """What an offloaded ``model`` should give. Leaf by leaf, the head's convolutions are called, so no kernels run."""
     leaves = how.get("offload_type") == "leaf_level"
     with mock.patch.object(DetailerHead, "kernels", return_value=None) if leaves else contextlib.nullcontext():
         return run(model, *args)
