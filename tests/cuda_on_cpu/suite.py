@@ -34,6 +34,8 @@ def run(library: Path, *arguments: str) -> subprocess.CompletedProcess:
     """pytest's run of some tests, with its options."""
     tests = [f"tests/{argument}" for argument in arguments if not argument.startswith("-")]
     options = [argument for argument in arguments if argument.startswith("-")]
+    if library.name.startswith("asan"):
+        options.append("-s")  # a process that AddressSanitizer ends would take what it said along
     plugins = ["-p", "tests.cuda_on_cpu.plugin", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-q", *plugins, *options, "-k", f"not ({' or '.join(LEFT_OUT)})", *tests]
     return subprocess.run(command, cwd=ROOT, env=environment(library), text=True, capture_output=True)
