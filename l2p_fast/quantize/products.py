@@ -81,9 +81,9 @@ class LowBitLinear(nn.Linear):
     def load_weight(self, chunks: Iterable[Tensor], device: torch.device | str) -> None:
         """Round the weight, given as its rows in a piece after the other, and keep it on ``device``."""
         if self.weight.device != torch.device(device):
-            self.weight = torch.empty_like(self.weight)
-            self.weight_scale = torch.empty_like(self.weight_scale)
-        first, squares = 0, torch.zeros(2)
+            self.weight = torch.empty_like(self.weight, device=device)
+            self.weight_scale = torch.empty_like(self.weight_scale, device=device)
+        first, squares = 0, torch.zeros(2, device=device)
         for chunk in chunks:
             for rows in chunk.split(ROWS):
                 rows = rows.to(device, torch.float32)
