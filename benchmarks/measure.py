@@ -326,7 +326,8 @@ def instruction_set() -> str:
     from l2p_fast import ops
 
     fast = "with" if ops.cpu_has_fast_bf16() else "without"
-    return f"{torch.backends.cpu.get_cpu_capability()}, {fast} bfloat16"
+    limited = " (by L2P_CPU)" if os.environ.get("L2P_CPU") else ""
+    return f"{torch.backends.cpu.get_cpu_capability()}{limited}, {fast} bfloat16"
 
 
 def machine(device: str, dtype: str) -> dict[str, Any]:

@@ -52,8 +52,9 @@ class DetailerHead(nn.Module):
     Attributes:
         levels: its levels, from full resolution inwards.
         band_rows: rows of a band at full resolution; None chooses from ``memory_mb``.
-        memory_mb: working memory in MB that the head aims to stay within, beside its input and output; None: 256 MB.
-            What fits runs whole. It is an aim: the inner levels and the halo of a band set a floor.
+        memory_mb: working memory in MB that the head aims to stay within, beside its input and output; None: 256 MB,
+            where kernels run in float32 512. What fits runs whole. It is an aim: the inner levels and the halo of a
+            band set a floor.
 
     Raises:
         UserError: a patch size without a table.
@@ -157,8 +158,9 @@ class DetailerHead(nn.Module):
             step = 2**self.table_banded
             plan = Plan(self.table_banded, -(-band_rows // step) * step)
         else:
-            budget = int((AUTO_MEMORY_MB if memory_mb is None else memory_mb) * 2**20)
             fused, maps = self._fused_count(pixels.device, dtype), self._dtype_of_maps(pixels.device, dtype)
+            auto = AUTO_MEMORY_MB * (maps.itemsize // 2 if fused else 1)
+            budget = int((auto if memory_mb is None else memory_mb) * 2**20)
             fewest = 1 if fused else self.table_banded  # kernels are fast on every level; what is banded is made twice
             plan = bands.choose(self.levels, fewest, (batch, height, width), maps, budget, fused)
         return plan if plan is not None and plan.rows < height else None
