@@ -16,8 +16,6 @@ import torch.nn.functional as F
 
 from l2p_fast.quantize.frozen import quantize_frozen
 from l2p_fast.sampling import flow
-from l2p_fast.training import optim
-from l2p_fast.training.config import OptimConfig
 
 from . import counts
 
@@ -48,6 +46,9 @@ RATE = 0.0  # the work of an update without its effect: the gradient can be chec
 
 
 def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
+    from l2p_fast.training import optim
+    from l2p_fast.training.config import OptimConfig
+
     side, sigma = scale.grid * patch, 0.5
     cap = text_features(scale, device)
     t = torch.full((1,), 1 - sigma, device=device)
