@@ -1,4 +1,4 @@
-// Why: tells how the extension was built, on machines where the kernels themselves don't load, too. It needs nothing of
+// Tells how the extension was built, on machines where the kernels themselves don't load, too. It needs nothing of
 // PyTorch. l2p_build_info.h is written by setup.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// Why: what every op's C++ face needs from PyTorch's stable ABI: element types, the current CUDA stream, launch errors.
+// What every op's C++ face needs from PyTorch's stable ABI: element types, the current CUDA stream, launch errors.
 // Kernels never include this file: they see pointers, strides and a stream, and build without PyTorch's headers.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Why: what every CPU kernel shares: element types, loads and stores that the compiler can vectorize, one build for
+// What every CPU kernel shares: element types, loads and stores that the compiler can vectorize, one build for
 // every processor. Included only by *_cpu.cpp files.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Why: what every CUDA kernel shares: element types, their conversions, 16-byte vectors, shared memory, launches.
+// What every CUDA kernel shares: element types, their conversions, 16-byte vectors, shared memory, launches.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,4 @@
-// Why: names for the element types that cross between the C++ faces (PyTorch's types) and the kernels (CUDA's or plain ones).
+// Names for the element types that cross between the C++ faces (PyTorch's types) and the kernels (CUDA's or plain ones).
 #pragma once
 
 namespace l2p {

@@ -1,4 +1,4 @@
-// Why: PyTorch's face of the Detailer Head's levels: checks what memory safety needs, allocates, hands a plain struct to
+// PyTorch's face of the Detailer Head's levels: checks what memory safety needs, allocates, hands a plain struct to
 // the kernels. The schemas, the reference and the layouts are in l2p_fast/ops/head.py.
 #include "head.h"
 

@@ -1,4 +1,4 @@
-// Why: what one level of the Detailer Head is, as the CPU and the CUDA kernels see it: plain pointers, shapes and the
+// What one level of the Detailer Head is, as the CPU and the CUDA kernels see it: plain pointers, shapes and the
 // index arithmetic that both share. The mathematics and the layouts are described in l2p_fast/ops/head.py.
 //
 // Feature maps are (rows, W, C), channels innermost, bfloat16 or, on a CPU, float32; a band holds some rows of an image.

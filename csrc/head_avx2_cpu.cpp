@@ -1,4 +1,4 @@
-// Why: the Detailer Head's levels on a CPU with AVX2 and FMA: head_cpu.h on 8 words. bfloat16 is widened to float32 as it
+// The Detailer Head's levels on a CPU with AVX2 and FMA: head_cpu.h on 8 words. bfloat16 is widened to float32 as it
 // is multiplied, so it halves memory and takes little more time.
 #include "cpu.h"
 #include "head.h"

@@ -1,4 +1,4 @@
-// Why: the Detailer Head's levels on a CPU with AVX-512: head_cpu.h on 16 words, bfloat16 by its dot products.
+// The Detailer Head's levels on a CPU with AVX-512: head_cpu.h on 16 words, bfloat16 by its dot products.
 #include "cpu.h"
 #include "head.h"
 

@@ -1,4 +1,4 @@
-// Why: which of the Detailer Head's CPU kernels this processor runs.
+// Which of the Detailer Head's CPU kernels this processor runs.
 #include "cpu.h"
 #include "head.h"
 

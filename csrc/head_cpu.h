@@ -1,4 +1,4 @@
-// Why: one level of the Detailer Head on a CPU, in one pass with PyTorch's own threads, on vectors of any width and of
+// One level of the Detailer Head on a CPU, in one pass with PyTorch's own threads, on vectors of any width and of
 // either element. A source includes this file inside its `#pragma GCC target` and after all other headers, defines what
 // `V` below stands for, and so gets the code for one kind of processor.
 //

@@ -1,4 +1,4 @@
-// Why: one level of the Detailer Head on tensor cores, a tile a block.
+// One level of the Detailer Head on tensor cores, a tile a block.
 //
 // A tile is kTileColumns columns of the half-size picture, so 64 of the level's, and twice `rows` of its rows. Threads copy
 // the window of either input to shared memory (the fine one with even and odd columns apart), each warp then makes two rows

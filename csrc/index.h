@@ -1,4 +1,4 @@
-// Why: divides indices. A GPU divides 64 bits in a call of some 100 instructions, 32 bits in a fifth of that, without one.
+// Divides indices. A GPU divides 64 bits in a call of some 100 instructions, 32 bits in a fifth of that, without one.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Why: PyTorch's face of the norm steps: checks what memory safety needs, allocates, hands plain structs to the
+// PyTorch's face of the norm steps: checks what memory safety needs, allocates, hands plain structs to the
 // kernels. The schemas, the references and the choice between them are in l2p_fast/ops/norm.py.
 #include "norm.h"
 

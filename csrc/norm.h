@@ -1,4 +1,4 @@
-// Why: the index arithmetic of the transformer's norm steps, written once for the CPU and the CUDA kernels, so that the
+// The index arithmetic of the transformer's norm steps, written once for the CPU and the CUDA kernels, so that the
 // tests on a CPU check both.
 //
 // A *row* is what one norm runs over: the D values of one token (block norms) or the E = D / H values of one of its

@@ -1,4 +1,4 @@
-// Why: the norm steps in one pass over memory on the CPU, forward and backward, with PyTorch's own threads. What the
+// The norm steps in one pass over memory on the CPU, forward and backward, with PyTorch's own threads. What the
 // rows of a group or the heads of a token share (weight, scale, gate, angles) is put together once, in a buffer that
 // stays in the cache.
 #include <torch/csrc/stable/ops.h>

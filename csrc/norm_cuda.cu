@@ -1,4 +1,4 @@
-// Why: the norm steps in one pass over memory on CUDA, forward and backward. The index arithmetic is norm.h's, which
+// The norm steps in one pass over memory on CUDA, forward and backward. The index arithmetic is norm.h's, which
 // the CPU tests check. Block norms: a block of threads takes a slab of rows, each thread the same columns of every row;
 // what a group's rows are multiplied by is put together once in shared memory, the backward's sums gather there too,
 // each slot touched by one thread alone. Query and key norms: some lanes of a warp take a row, which is short. A row is

@@ -1,4 +1,4 @@
-// Why: PyTorch's face of patchify and unpatchify: checks what memory safety needs, allocates, hands plain structs to the
+// PyTorch's face of patchify and unpatchify: checks what memory safety needs, allocates, hands plain structs to the
 // kernels. The schemas, the reference and the messages meant for people are in l2p_fast/ops/patchify.py.
 #include "patchify.h"
 

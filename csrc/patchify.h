@@ -1,4 +1,4 @@
-// Why: the index arithmetic of patchify and unpatchify, written once for the CPU and the CUDA kernel, so that the tests on
+// The index arithmetic of patchify and unpatchify, written once for the CPU and the CUDA kernel, so that the tests on
 // a CPU check both.
 //
 // Pixels (B, C, H, W), tokens (B, h*w, P*P*C) with h = H/P, w = W/P and features ordered (row, column, channel), channel

@@ -1,4 +1,4 @@
-// Why: patchify and unpatchify in one pass over memory on the CPU, with PyTorch's own threads. A loop over runs
+// Patchify and unpatchify in one pass over memory on the CPU, with PyTorch's own threads. A loop over runs
 // (patchify.h); dense three-channel runs of float32 and bfloat16 take a loop that the compiler turns into vector
 // shuffles, everything else goes element by element.
 #include <torch/csrc/stable/ops.h>

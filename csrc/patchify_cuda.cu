@@ -1,4 +1,4 @@
-// Why: patchify and unpatchify in one pass over memory on CUDA. The index arithmetic is patchify.h's, which the CPU tests
+// Patchify and unpatchify in one pass over memory on CUDA. The index arithmetic is patchify.h's, which the CPU tests
 // check. The dense kernel gives each thread 8 pixels of all three channels: 8 contiguous elements from each channel on one side, 24
 // contiguous elements on the other, all moved as 16-byte vectors. Anything else goes element by element.
 #include "cuda.cuh"

@@ -1,4 +1,4 @@
-// Why: the PTX instructions that CUDA C++ has no function for, one function each. tests/cuda_on_cpu, where no PTX runs,
+// The PTX instructions that CUDA C++ has no function for, one function each. tests/cuda_on_cpu, where no PTX runs,
 // has functions of the same names.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Why: PyTorch's face of silu(x) * y: checks what memory safety needs, allocates, hands plain structs to the kernels.
+// PyTorch's face of silu(x) * y: checks what memory safety needs, allocates, hands plain structs to the kernels.
 // The schemas, the reference and the choice between them are in l2p_fast/ops/silu.py.
 #include "silu.h"
 

@@ -1,4 +1,4 @@
-// Why: the gate of the feed-forward, silu(x) * y, and its gradients, each value written once for the CPU and CUDA.
+// The gate of the feed-forward, silu(x) * y, and its gradients, each value written once for the CPU and CUDA.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Why: silu(x) * y in one pass over memory on the CPU, with PyTorch's own threads. The exponential is written out,
+// Silu(x) * y in one pass over memory on the CPU, with PyTorch's own threads. The exponential is written out,
 // since a call of the library's would keep the compiler from vectorizing the loop.
 #include <torch/csrc/stable/ops.h>
 

@@ -1,4 +1,4 @@
-// Why: silu(x) * y in one pass over memory on CUDA, 16 bytes of each operand a thread. Operands are dense: PyTorch's
+// Silu(x) * y in one pass over memory on CUDA, 16 bytes of each operand a thread. Operands are dense: PyTorch's
 // allocations are aligned, and a view that is not goes element by element, as does the end.
 #include "cuda.cuh"
 #include "silu.h"

@@ -1,4 +1,4 @@
-// Why: PyTorch's face of the sampler's update and of the final picture: checks what memory safety needs, allocates,
+// PyTorch's face of the sampler's update and of the final picture: checks what memory safety needs, allocates,
 // hands plain structs to the kernels. The schemas and the references are in l2p_fast/ops/update.py.
 #include "update.h"
 

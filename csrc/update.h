@@ -1,4 +1,4 @@
-// Why: the arithmetic of the sampler's update and of the final picture, written once for the CPU and the CUDA kernel,
+// The arithmetic of the sampler's update and of the final picture, written once for the CPU and the CUDA kernel,
 // so that the tests on a CPU check both. Each operation is rounded on its own, never fused into a multiply-add: a seed
 // means the same picture with kernels and without.
 #pragma once

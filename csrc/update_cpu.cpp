@@ -1,4 +1,4 @@
-// Why: the sampler's update and the final picture in one pass over memory on the CPU, with PyTorch's own threads.
+// The sampler's update and the final picture in one pass over memory on the CPU, with PyTorch's own threads.
 // See update.h: no fused multiply-add, whatever the processor has. clang: within expressions only, and there are none.
 // Before the headers: what is compiled for one processor is inlined there.
 #if defined(__GNUC__) && !defined(__clang__)

@@ -1,4 +1,4 @@
-// Why: the sampler's update and the final picture in one pass over memory on CUDA. The arithmetic is update.h's, which
+// The sampler's update and the final picture in one pass over memory on CUDA. The arithmetic is update.h's, which
 // the CPU tests check. Where lines are dense and aligned a thread takes 8 pixels of one channel, or 16 pixels of all
 // three channels of the picture, as 16-byte vectors; anything else goes element by element.
 #include "cuda.cuh"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 
 import goldens
 import numpy as np
@@ -56,6 +58,25 @@ def test_prompts_are_encoded_once_and_do_not_depend_on_their_neighbours():
     for prompt, features in zip(prompts, together, strict=True):
         assert features.shape == (len(tokenize(tokenizer, prompt)), FEATURES)
         torch.testing.assert_close(features, encode_prompts(encoder, tokenizer, [prompt])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_threads_take_turns_at_an_encoder():
+    encoder, tokenizer = tiny_text_encoder(), tiny_tokenizer()
+    inside, together = [], []
+
+    def enter(*_) -> None:
+        together.append(len(inside))
+        inside.append(1)
+        time.sleep(0.02)
+
+    encoder.register_forward_pre_hook(enter)
+    encoder.register_forward_hook(lambda *_: inside.pop() and None)
+    threads = [threading.Thread(target=encode_prompts, args=(encoder, tokenizer, [text])) for text in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [0, 0, 0]
 
 
 def test_long_prompts_are_cut_and_empty_ones_keep_a_token(caplog):

@@ -10,6 +10,7 @@ Letters: L_i tokens of prompt i, C features a token (2560 for Qwen3-4B).
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 512
 # Every layer's hidden state of a batch is alive at once, so a long list of prompts goes through in pieces.
 _PROMPTS_AT_ONCE = 16
+# transformers 5.0 collects hidden states by putting other functions in the layers' places while a call lasts, so of two
+# threads that share an encoder one would get the other's.
+_ENCODING = threading.Lock()
 
 
 def template_prompt(tokenizer, prompt: str) -> str:
@@ -76,9 +80,10 @@ def encode_prompts(
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        hidden = text_encoder(
-            input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
-        ).hidden_states[-2]
+        with _ENCODING:
+            hidden = text_encoder(
+                input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
+            ).hidden_states[-2]
         for prompt, row, length in zip(batch, hidden, lengths.tolist(), strict=True):
             features[prompt] = row[:length].clone()  # a view would keep the whole batch alive
     return [features[prompt] for prompt in prompts]

@@ -1,4 +1,4 @@
-// Why: runs a launch's blocks one after the other, a block's threads as fibers. Between two barriers the warps run one after
+// Runs a launch's blocks one after the other, a block's threads as fibers. Between two barriers the warps run one after
 // the other in random order, each as far as it gets, so that one that needs no other runs far ahead of it; the lanes of
 // a warp run in random order up to their next exchange. Shared memory is not a number until somebody writes it.
 //

@@ -1,4 +1,4 @@
-// Why: what the parts of the emulator know of each other.
+// What the parts of the emulator know of each other.
 #pragma once
 
 #include <cstddef>

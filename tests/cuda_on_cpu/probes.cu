@@ -1,4 +1,4 @@
-// Why: kernels that use what the package's do not yet, so that the tests can show that the emulator finds mistakes in it:
+// Kernels that use what the package's do not yet, so that the tests can show that the emulator finds mistakes in it:
 // copies to shared memory in the background, matrices loaded for tensor cores, votes, named in ../../csrc/ptx.cuh's way.
 #include "cuda.cuh"
 #include "ptx.cuh"

@@ -1,4 +1,4 @@
-// Why: finds races. The kernels are compiled with -fsanitize=thread and these are its hooks, so every access to memory
+// Finds races. The kernels are compiled with -fsanitize=thread and these are its hooks, so every access to memory
 // comes by here. Two threads, one of which writes, must not meet at a byte: of shared memory between two barriers, of global
 // memory in different blocks, or between two barriers. __syncwarp parts the accesses of a warp's lanes, as barriers do.
 #include <memory>

@@ -1,4 +1,4 @@
-// Why: what kernels compiled with -fsanitize=undefined call, so that a mistake ends the launch with a line, not the process.
+// What kernels compiled with -fsanitize=undefined call, so that a mistake ends the launch with a line, not the process.
 #include "emulator.h"
 
 namespace {

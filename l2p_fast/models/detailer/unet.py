@@ -194,10 +194,12 @@ class DetailerHead(nn.Module):
             return None  # weights that come only when a convolution itself is called
         if any(conv.weight.dtype != dtype or conv.weight.device != device for conv in convs):
             return None  # stored otherwise until a hook brings them
-        if self._kernels is None or not self._kernels.is_of(self):
-            self._kernels = None  # first give its memory back
-            self._kernels = Kernels(self, self._fused_count(device, dtype), self._dtype_of_maps(device, dtype))
-        return self._kernels
+        kernels = self._kernels  # another thread may renew it meanwhile
+        if kernels is None or not kernels.is_of(self):
+            kernels = self._kernels = None  # first give its memory back
+            kernels = Kernels(self, self._fused_count(device, dtype), self._dtype_of_maps(device, dtype))
+            self._kernels = kernels
+        return kernels
 
     def _fused_count(self, device: torch.device, dtype: torch.dtype) -> int:
         """How many levels, from the outermost on, kernels can run; on CUDA the inner ones are the library's."""

@@ -1,4 +1,4 @@
-// Why: bfloat16 as CUDA has it, for a CPU's compiler.
+// Bfloat16 as CUDA has it, for a CPU's compiler.
 #pragma once
 
 #include "cuda_runtime.h"

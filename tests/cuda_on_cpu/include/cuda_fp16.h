@@ -1,4 +1,4 @@
-// Why: float16 as CUDA has it, for a CPU's compiler.
+// Float16 as CUDA has it, for a CPU's compiler.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,4 +1,4 @@
-// Why: what the .cu files need of CUDA, for a CPU's compiler. Kernels, launches and shared memory are C++ here:
+// What the .cu files need of CUDA, for a CPU's compiler. Kernels, launches and shared memory are C++ here:
 // a kernel is a function, `__shared__` is thread_local (so all shared memory is one segment of the library, which the
 // emulator finds, fills and watches), threadIdx and its like are variables that the scheduler sets. ../emulator.cpp runs
 // a block's threads as fibers.

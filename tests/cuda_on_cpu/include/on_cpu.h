@@ -1,4 +1,4 @@
-// Why: comes before each of the ops' C++ faces, which are otherwise as they are. What they register for CUDA is registered
+// Comes before each of the ops' C++ faces, which are otherwise as they are. What they register for CUDA is registered
 // for the CPU, in place of the CPU's kernels, and no device is chosen.
 #pragma once
 
