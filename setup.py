@@ -22,6 +22,10 @@ from setuptools import Extension, setup
 # pip builds in isolation from the environment it installs into, yet with that environment's interpreter.
 sys.path += [path for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} if path not in sys.path]
 try:
+    import pybind11
+except ImportError:
+    pybind11 = None
+try:
     from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension as build_ext
 except ImportError:
@@ -113,7 +117,6 @@ class Build(build_ext):
         return None
 
     def build(self, home: Path | None) -> None:
-        import pybind11
         import torch
 
         names, gencode = architectures(home) if home else ([], [])
@@ -151,7 +154,8 @@ class Build(build_ext):
             libraries = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
             kernels.extra_link_args += [f"-L{home}/lib64", f"-L{home}/lib", *libraries]
         report.sources = ["csrc/build_info.cpp"]
-        report.include_dirs = [pybind11.get_include(), str(generated)]
+        # PyTorch brings pybind11's headers along, for builds without isolation where the package is missing.
+        report.include_dirs = [str(generated), *([pybind11.get_include()] if pybind11 else torch_side.include_dirs)]
         report.extra_compile_args = {"cxx": ["-O1", "-g0", "-std=c++17", "-fvisibility=hidden"]}
         # Without ninja, setuptools itself would go on after what failed to compile, were it optional here.
         kernels.optional = report.optional = False

@@ -71,16 +71,17 @@ import torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + ("a" if major == 9 else ""))')}"
   export TORCH_CUDA_ARCH_LIST L2P_BUILD="${L2P_BUILD:-require}"
-  sizes=(--scale full) kernels="CUDA kernels"
+  sizes=(--scale full) kernels="CUDA kernels" to=(--inplace)
   tests=(tests/test_*ops.py tests/test_detailer.py)
 else
   name=dry-run
-  export L2P_BUILD="${L2P_BUILD:-cpu}"
-  sizes=(--scale quick) kernels="loaded"
+  export L2P_BUILD=cpu
+  # Aside: a dry run leaves the CUDA kernels of this folder as they are.
+  sizes=(--scale quick) kernels="loaded" to=(--build-lib "$work/build" --build-temp "$work/build")
   tests=(tests/test_update_ops.py)
 fi
 
-step "build" 240 "$python" setup.py -q build_ext --inplace
+step "build" 240 "$python" setup.py -q build_ext "${to[@]}"
 step "status" 60 "$python" -c '
 import sys
 from l2p_fast import ops
