@@ -1,4 +1,4 @@
-// PyTorch's face of the sampler's update and of the final picture: checks what memory safety needs, allocates,
+// PyTorch's face of the sampler's update and of the final image: checks what memory safety needs, allocates,
 // hands plain structs to the kernels. The schemas and the references are in l2p_fast/ops/update.py.
 #include "update.h"
 
@@ -11,7 +11,7 @@ namespace l2p {
 namespace {
 
 using Step = void (*)(const UpdateData&, const Tensor& raw);
-using Picture = void (*)(const PictureData&, const Tensor& pixels);
+using Image = void (*)(const ImageData&, const Tensor& pixels);
 
 void copy_strides(const Tensor& from, int64_t to[4]) {
   for (int i = 0; i < 4; ++i) to[i] = from.stride(i);
@@ -55,29 +55,29 @@ void euler_step_(const Tensor& x, const Tensor& raw, double dt, const std::optio
   run(step, x, raw, negative, dt, guidance, x);
 }
 
-template <Picture picture>
+template <Image image>
 Tensor to_uint8(const Tensor& pixels) {
   STD_TORCH_CHECK(pixels.dim() == 4 && pixels.scalar_type() == ScalarType::Float,
                   "pixels must be (B, C, H, W) float32");
-  PictureData d{};
+  ImageData d{};
   for (int i = 0; i < 4; ++i) d.size[i] = pixels.size(i), d.stride[i] = pixels.stride(i);
   Tensor out = torch::stable::new_empty(
       pixels, std::array<int64_t, 4>{d.size[0], d.size[2], d.size[3], d.size[1]}, ScalarType::Byte);
   if (out.numel() == 0) return out;
   d.pixels = static_cast<const float*>(pixels.data_ptr()), d.out = static_cast<uint8_t*>(out.data_ptr());
-  picture(d, pixels);
+  image(d, pixels);
   return out;
 }
 
 void step_on_cpu(const UpdateData& d, const Tensor& raw) { euler_step_cpu(d, element_of(raw.scalar_type(), "raw")); }
-void picture_on_cpu(const PictureData& d, const Tensor&) { to_uint8_cpu(d); }
+void image_on_cpu(const ImageData& d, const Tensor&) { to_uint8_cpu(d); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2p_fast, CPU, m) {
   m.impl("euler_step", TORCH_BOX(&euler_step<step_on_cpu>));
   m.impl("euler_step_", TORCH_BOX(&euler_step_<step_on_cpu>));
-  m.impl("to_uint8", TORCH_BOX(&to_uint8<picture_on_cpu>));
+  m.impl("to_uint8", TORCH_BOX(&to_uint8<image_on_cpu>));
 }
 
 #ifdef L2P_WITH_CUDA
@@ -89,7 +89,7 @@ void step_on_cuda(const UpdateData& d, const Tensor& raw) {
   check_launch(euler_step_cuda(d, element_of(raw.scalar_type(), "raw"), current_cuda_stream(device)), "euler_step");
 }
 
-void picture_on_cuda(const PictureData& d, const Tensor& pixels) {
+void image_on_cuda(const ImageData& d, const Tensor& pixels) {
   const int32_t device = pixels.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   check_launch(to_uint8_cuda(d, current_cuda_stream(device)), "to_uint8");
@@ -100,7 +100,7 @@ void picture_on_cuda(const PictureData& d, const Tensor& pixels) {
 STABLE_TORCH_LIBRARY_IMPL(l2p_fast, CUDA, m) {
   m.impl("euler_step", TORCH_BOX(&euler_step<step_on_cuda>));
   m.impl("euler_step_", TORCH_BOX(&euler_step_<step_on_cuda>));
-  m.impl("to_uint8", TORCH_BOX(&to_uint8<picture_on_cuda>));
+  m.impl("to_uint8", TORCH_BOX(&to_uint8<image_on_cuda>));
 }
 #endif
 

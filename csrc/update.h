@@ -1,6 +1,6 @@
-// The arithmetic of the sampler's update and of the final picture, written once for the CPU and the CUDA kernel,
+// The arithmetic of the sampler's update and of the final image, written once for the CPU and the CUDA kernel,
 // so that the tests on a CPU check both. Each operation is rounded on its own, never fused into a multiply-add: a seed
-// means the same picture with kernels and without.
+// means the same image with kernels and without.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct UpdateData {
 };
 
 // Pixels (B, C, H, W) of any strides to dense (B, H, W, C).
-struct PictureData {
+struct ImageData {
   const float* pixels;
   uint8_t* out;
   int64_t size[4], stride[4];
@@ -78,10 +78,10 @@ L2P_HOST_DEVICE inline uint8_t to_byte(float value) {
 }
 
 void euler_step_cpu(const UpdateData&, Element raw_type);
-void to_uint8_cpu(const PictureData&);
+void to_uint8_cpu(const ImageData&);
 
 // These launch on `stream` (a cudaStream_t) of the current device. Null, or what went wrong.
 const char* euler_step_cuda(const UpdateData&, Element raw_type, void* stream);
-const char* to_uint8_cuda(const PictureData&, void* stream);
+const char* to_uint8_cuda(const ImageData&, void* stream);
 
 }  // namespace l2p

@@ -1,4 +1,4 @@
-// The sampler's update and the final picture in one pass over memory on the CPU, with PyTorch's own threads.
+// The sampler's update and the final image in one pass over memory on the CPU, with PyTorch's own threads.
 // See update.h: no fused multiply-add, whatever the processor has. clang: within expressions only, and there are none.
 // Before the headers: what is compiled for one processor is inlined there.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -53,7 +53,7 @@ void step_lines(const UpdateData& d, Element raw_type, int64_t begin, int64_t en
   });
 }
 
-void bytes_of_lines(const PictureData& d, int64_t begin, int64_t end) {
+void bytes_of_lines(const ImageData& d, int64_t begin, int64_t end) {
   on_this_cpu([&]() L2P_INLINE_LAMBDA {
     const int64_t channels = d.size[1], height = d.size[2], width = d.size[3];
     for (int64_t line = begin; line < end; ++line) {
@@ -88,7 +88,7 @@ void euler_step_cpu(const UpdateData& d, Element raw_type) {
                               [&](int64_t begin, int64_t end) { step_lines(d, raw_type, begin, end); });
 }
 
-void to_uint8_cpu(const PictureData& d) {
+void to_uint8_cpu(const ImageData& d) {
   const int64_t lines = d.size[0] * d.size[2];
   prefer_huge_pages(d.out, lines * d.size[1] * d.size[3]);
   torch::stable::parallel_for(0, lines, std::max<int64_t>(1, kGrain / (d.size[1] * d.size[3])),

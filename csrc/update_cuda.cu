@@ -1,6 +1,6 @@
-// The sampler's update and the final picture in one pass over memory on CUDA. The arithmetic is update.h's, which
+// The sampler's update and the final image in one pass over memory on CUDA. The arithmetic is update.h's, which
 // the CPU tests check. Where lines are dense and aligned a thread takes 8 pixels of one channel, or 16 pixels of all
-// three channels of the picture, as 16-byte vectors; anything else goes element by element.
+// three channels of the image, as 16-byte vectors; anything else goes element by element.
 #include "cuda.cuh"
 #include "update.h"
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kStep = 8;
-constexpr int kPicture = 16;
+constexpr int kPixels = 16;
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) step_kernel(UpdateData d, int64_t chunks) {
@@ -34,23 +34,23 @@ __global__ void __launch_bounds__(kThreads) step_kernel(UpdateData d, int64_t ch
   *reinterpret_cast<Vector<float, N>*>(d.out + offset_of(d.out_stride, start)) = out;
 }
 
-__global__ void __launch_bounds__(kThreads) picture_kernel(PictureData d, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads) image_kernel(ImageData d, int64_t chunks) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= chunks) return;
   const int64_t size[4] = {d.size[0], 1, d.size[2], d.size[3]};  // a thread takes all channels
-  const Pixel start = pixel_at(size, index * kPicture);
-  Vector<uint8_t, 3 * kPicture> bytes;
+  const Pixel start = pixel_at(size, index * kPixels);
+  Vector<uint8_t, 3 * kPixels> bytes;
 #pragma unroll
   for (int c = 0; c < 3; ++c) {
     const float* from = d.pixels + offset_of(d.stride, {start.b, c, start.y, start.x});
-    const auto line = *reinterpret_cast<const Vector<float, kPicture>*>(from);
+    const auto line = *reinterpret_cast<const Vector<float, kPixels>*>(from);
 #pragma unroll
-    for (int e = 0; e < kPicture; ++e) bytes.values[3 * e + c] = to_byte(line.values[e]);
+    for (int e = 0; e < kPixels; ++e) bytes.values[3 * e + c] = to_byte(line.values[e]);
   }
-  *reinterpret_cast<Vector<uint8_t, 3 * kPicture>*>(d.out + index * kPicture * 3) = bytes;
+  *reinterpret_cast<Vector<uint8_t, 3 * kPixels>*>(d.out + index * kPixels * 3) = bytes;
 }
 
-__global__ void __launch_bounds__(kThreads) any_picture_kernel(PictureData d, int64_t pixels) {
+__global__ void __launch_bounds__(kThreads) any_image_kernel(ImageData d, int64_t pixels) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= pixels) return;
   const int64_t size[4] = {d.size[0], 1, d.size[2], d.size[3]};
@@ -82,12 +82,12 @@ const char* euler_step_cuda(const UpdateData& d, Element raw_type, void* stream)
   });
 }
 
-const char* to_uint8_cuda(const PictureData& d, void* stream) {
+const char* to_uint8_cuda(const ImageData& d, void* stream) {
   const int64_t pixels = d.size[0] * d.size[2] * d.size[3];
-  const bool dense = d.size[1] == 3 && d.size[3] % kPicture == 0 && lines_are_aligned(d.pixels, d.stride, 4);
-  const int64_t work = dense ? pixels / kPicture : pixels;
+  const bool dense = d.size[1] == 3 && d.size[3] % kPixels == 0 && lines_are_aligned(d.pixels, d.stride, 4);
+  const int64_t work = dense ? pixels / kPixels : pixels;
   if (const char* problem = too_many(pixels)) return problem;
-  return launch(dense ? picture_kernel : any_picture_kernel, blocks_for(work, kThreads), kThreads, 0, stream, d, work);
+  return launch(dense ? image_kernel : any_image_kernel, blocks_for(work, kThreads), kThreads, 0, stream, d, work);
 }
 
 }  // namespace l2p

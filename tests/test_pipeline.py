@@ -238,7 +238,7 @@ def test_image_to_image(pipe):
     kwargs = SMALL | {"output_type": "pt"}
     whole = pipe("a", image=image, strength=1.0, generator=seeded(2), **kwargs).images
     torch.testing.assert_close(whole, pipe("a", generator=seeded(2), **kwargs).images, rtol=0, atol=1e-6)
-    # array, tensor and PIL are the same picture
+    # array, tensor and PIL are the same image
     pixels = image_to_pixels(image, 32, 48)
     assert torch.equal(pixels, image_to_pixels(np.array(image), 32, 48))
     torch.testing.assert_close(pixels, image_to_pixels((pixels[0] + 1) / 2, 32, 48))

@@ -1,4 +1,4 @@
-"""Layouts, buckets, order, unreadable pictures, cached features."""
+"""Layouts, buckets, order, unreadable images, cached features."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from l2p_fast.training.data import (
 )
 
 
-def picture(number: int, width: int = 32, height: int = 32) -> Image.Image:
+def image(number: int, width: int = 32, height: int = 32) -> Image.Image:
     """All of one color: its red tells which one it is."""
     return Image.fromarray(np.full((height, width, 3), (number, 100, 200), dtype=np.uint8))
 
@@ -45,7 +45,7 @@ def png(image: Image.Image) -> bytes:
 def write_csv(folder, count=6, size=lambda i: (32, 32)):
     folder.mkdir(exist_ok=True)
     for i in range(count):
-        picture(i, *size(i)).save(folder / f"{i}.png")
+        image(i, *size(i)).save(folder / f"{i}.png")
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "prompt", "seed"), *((f"{i}.png", f"p{i}", i) for i in range(count))])
     return folder
@@ -73,7 +73,7 @@ def write_shards(folder, count=6):
     for shard in range(2):
         samples = {}
         for i in range(shard * count // 2, (shard + 1) * count // 2):
-            samples[f"part/{i:03d}.png"] = png(picture(i))
+            samples[f"part/{i:03d}.png"] = png(image(i))
             about = ("json", json.dumps({"caption": f"p{i}", "seed": i})) if shard else ("txt", f"p{i}\n")
             samples[f"part/{i:03d}.{about[0]}"] = about[1].encode()
         write_shard(folder / f"{shard}.tar", samples)
@@ -82,10 +82,10 @@ def write_shards(folder, count=6):
 
 @pytest.mark.parametrize("write", [write_csv, write_imagefolder, write_shards])
 def test_layouts_hold_the_same(tmp_path, write):
-    pictures = list_images(DataConfig(path=str(write(tmp_path / "d"))))
-    assert [p.prompt for p in pictures] == [f"p{i}" for i in range(6)]
-    assert [p.seed for p in pictures][3:] == [3, 4, 5]
-    for i, p in enumerate(pictures):
+    images = list_images(DataConfig(path=str(write(tmp_path / "d"))))
+    assert [p.prompt for p in images] == [f"p{i}" for i in range(6)]
+    assert [p.seed for p in images][3:] == [3, 4, 5]
+    for i, p in enumerate(images):
         pixels = p.load(16, 48)
         assert pixels.shape == (3, 16, 48) and pixels.dtype == torch.float32
         torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([i, 100, 200]) / 127.5 - 1)
@@ -93,19 +93,19 @@ def test_layouts_hold_the_same(tmp_path, write):
 
 @pytest.mark.parametrize("length", [512 * 5, 512 * 5 + 100, 512 * 6, 512 * 6 + 10, 512 * 7])
 def test_a_shard_that_ends_early_is_named(tmp_path, length):
-    """The first sample of the second shard takes 4 blocks of 512 bytes; then come a header, a picture, a header."""
+    """The first sample of the second shard takes 4 blocks of 512 bytes; then come a header, an image, a header."""
     shard = write_shards(tmp_path / "d") / "1.tar"
     shard.write_bytes(shard.read_bytes()[:length])
-    pictures = list_images(DataConfig(path=str(tmp_path / "d")))
-    assert [p.prompt for p in pictures if p.prompt is not None] == ["p0", "p1", "p2", "p3"]
-    lost = [p.name for p in pictures if p.prompt is None]
+    images = list_images(DataConfig(path=str(tmp_path / "d")))
+    assert [p.prompt for p in images if p.prompt is not None] == ["p0", "p1", "p2", "p3"]
+    lost = [p.name for p in images if p.prompt is None]
     assert f"{shard}:(the shard ends early)" in lost and set(lost[:-1]) <= {
         f"{shard}:part/004 (no prompt)", f"{shard}:part/004 (its prompt is damaged)",
     }  # fmt: skip
 
 
 def test_samples_that_lack_something_are_named_and_skipped(tmp_path):
-    good = {"0.png": png(picture(0)), "0.txt": b"p0", "1.png": png(picture(1)), "1.json": b'{"text": "p1"}'}
+    good = {"0.png": png(image(0)), "0.txt": b"p0", "1.png": png(image(1)), "1.json": b'{"text": "p1"}'}
     write_shard(tmp_path / "a.tar", {
         **good, "2.png": b"", "3.txt": b"p3", "4.png": b"", "4.json": b"{", "5.png": b"", "5.json": b"[5]",
         "6.png": b"", "6.txt": b"\xff",
@@ -136,12 +136,12 @@ def test_exif_turns_even_beside_a_damaged_tag(tmp_path):
 
 
 @pytest.mark.parametrize(("side", "readable"), [(32768, True), (32769, False)])
-def test_large_pictures_are_no_bombs(tmp_path, monkeypatch, recwarn, side, readable):
+def test_large_images_are_no_bombs(tmp_path, monkeypatch, recwarn, side, readable):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    header = bytearray(png(picture(0))[:33])  # signature and IHDR alone: sides at 16, check sum at 29
+    header = bytearray(png(image(0))[:33])  # signature and IHDR alone: sides at 16, check sum at 29
     header[16:24] = struct.pack(">II", side, side)
     header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
-    (tmp_path / "a.png").write_bytes(header + png(picture(0))[33:])
+    (tmp_path / "a.png").write_bytes(header + png(image(0))[33:])
     if readable:
         assert TrainingImage(str(tmp_path / "a.png"), "").open().size == (side, side)
     else:
@@ -212,9 +212,9 @@ def test_shapes_of_a_token_count():
 
 def stream(folder, batch=2, world=1, rank=0, accumulation=1, **config):
     config = DataConfig(path=str(folder), workers=1, **{"grids": [GridConfig(tokens=4, batch=batch)], **config})
-    pictures, bad = list_images(config), set()
-    buckets = make_buckets(pictures, config, 1, bad, 1)
-    return Stream(pictures, buckets, config, ObjectiveConfig(), 16, 0, rank, world, accumulation, bad)
+    images, bad = list_images(config), set()
+    buckets = make_buckets(images, config, 1, bad, 1)
+    return Stream(images, buckets, config, ObjectiveConfig(), 16, 0, rank, world, accumulation, bad)
 
 
 def test_aspects_go_to_their_buckets(tmp_path):
@@ -228,7 +228,7 @@ def test_aspects_go_to_their_buckets(tmp_path):
     assert found == {0: {0}, 1: {-1}, 2: {1}}
 
 
-def test_every_epoch_shows_every_picture_once(tmp_path):
+def test_every_epoch_shows_every_image_once(tmp_path):
     s = stream(write_csv(tmp_path / "d"))
     epochs = [[p for _ in range(3) for p in s.next()[0].prompts] for _ in range(3)]
     assert all(sorted(epoch) == [f"p{i}" for i in range(6)] for epoch in epochs)
@@ -259,7 +259,7 @@ def test_position_is_state(tmp_path):
         assert a.prompts == b.prompts and torch.equal(a.noise, b.noise) and torch.equal(a.sigma, b.sigma)
 
 
-def test_unreadable_pictures_are_named_and_skipped(tmp_path):
+def test_unreadable_images_are_named_and_skipped(tmp_path):
     folder = write_csv(tmp_path / "d", 10)
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
     (folder / "5.png").unlink()
@@ -275,7 +275,7 @@ def test_unreadable_pictures_are_named_and_skipped(tmp_path):
     assert len(s.learn(s.new_bad())) == len(s.bad) == 2
 
 
-def test_processes_judge_unreadable_pictures_together(tmp_path):
+def test_processes_judge_unreadable_images_together(tmp_path):
     folder = write_csv(tmp_path / "d", 10)
     for name in ("1.png", "4.png", "7.png"):
         (folder / name).unlink()
@@ -288,7 +288,7 @@ def test_processes_judge_unreadable_pictures_together(tmp_path):
             rank.learn(ranks[0].new_bad() | ranks[1].new_bad())
 
 
-def test_unreadable_pictures_are_remembered_by_name(tmp_path):
+def test_unreadable_images_are_remembered_by_name(tmp_path):
     folder = write_csv(tmp_path / "d", 10)
     for name in ("8.png", "9.png"):
         (folder / name).unlink()

@@ -220,7 +220,7 @@ class Stream:
     def _load(
         self, bucket: Bucket, candidates: Iterator[int], step: int, place: int
     ) -> tuple[Tensor, Tensor, float, str, tuple[int, int, int, int] | None]:
-        """Picture, noise, noise level, prompt and window at ``place`` of a step's batch."""
+        """Image, noise, noise level, prompt and window at ``place`` of a step's batch."""
         grid = self.config.grids[bucket.grid]
         height, width = (side * self.patch_size for side in bucket.shape)
         for candidate in candidates:
