@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quantize", help="none, fp8 or int8: the blocks' weights and products in 8 bits (default: none)")
     add("--compile", action="store_true", default=None, help="torch.compile the transformer's blocks")
     add("--offload", help="none, model or sequential: keep what is not at work in host memory (default: none)")
-    add("--head-memory-mb", type=float, help="working memory of the Detailer Head (default: 256)")
+    add("--head-memory-mb", type=float, help="working memory of the head (default: 256; on CUDA half of what is free)")
     add("--cfg-batch", help="on, off or auto: both halves of guidance as one batch (default: auto)")
     add("--format", help="png, jpg or webp (default: by --out, else png)")
     add("--out", help="file, or folder when there are several images")

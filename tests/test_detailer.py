@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from l2p_fast.errors import UserError
-from l2p_fast.models.detailer import DetailerHead, bands
+from l2p_fast.models.detailer import DetailerHead, bands, unet
 from l2p_fast.ops import fused_levels
 from l2p_fast.variants import OF_PATCH
 
@@ -111,6 +111,50 @@ def test_plan_at_published_sizes():
         assert depth >= banded and rows < size
     head.band_rows = 100
     assert head.plan(pixels, torch.bfloat16, head.band_rows) == (4, 112)  # a multiple of 2^4
+
+
+class OnCuda:
+    """What `DetailerHead.plan` asks of pixels."""
+
+    device = torch.device("cuda:0")
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+
+@torch.no_grad()
+def test_on_cuda_free_memory_decides(monkeypatch):
+    free = {}
+    monkeypatch.setattr(unet, "free_cuda_bytes", lambda device: free["bytes"])
+    monkeypatch.setenv("L2P_CUDA_HEAD", "0")
+    head = DetailerHead(64, 24)
+    pixels = OnCuda(1, 3, 4096, 4096)
+    needed = bands.whole_bytes(head.levels, (1, 4096, 4096), torch.bfloat16)
+    for share, whole in ((1.01, True), (0.99, False)):
+        free["bytes"] = share * needed / unet.CUDA_SHARE
+        plan = head.plan(pixels, torch.bfloat16)
+        assert (plan is None) == whole
+    seen = []
+    for gb in (4, 2, 1, 0.5):
+        free["bytes"] = gb * 1e9
+        plan = head.plan(pixels, torch.bfloat16)
+        assert bands.band_bytes(head.levels[: plan.levels], plan.rows, 4096, torch.bfloat16) <= gb * 1e9 / 2
+        seen.append(plan.rows)
+    assert seen == sorted(seen, reverse=True)
+    free["bytes"] = 1e12  # then a given budget counts
+    assert head.plan(pixels, torch.bfloat16, memory_mb=256) == DetailerHead(64, 24).plan(
+        torch.empty(1, 3, 4096, 4096, device="meta"), torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("batch,side,whole", [(1, 8192, True), (2, 8192, False), (1, 12288, False), (2, 4096, True)])
+def test_on_cuda_no_map_has_2_to_the_31_elements(monkeypatch, batch, side, whole):
+    monkeypatch.setattr(unet, "free_cuda_bytes", lambda device: 10**12)
+    head = DetailerHead(64, 24)
+    plan = head.plan(OnCuda(batch, 3, side, side), torch.bfloat16)
+    assert (plan is None) == whole
+    if plan is not None:
+        assert plan.rows == min(plan.rows, side) and plan.rows * side * 16 < 2**31
 
 
 @pytest.mark.parametrize("patch,rows", [(16, 24), (64, 64), (160, 160)])

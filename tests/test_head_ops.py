@@ -245,18 +245,50 @@ def test_gradients():
 
 def test_a_kernel_that_disagrees_is_declined(monkeypatch, caplog):
     monkeypatch.setattr(torch.ops.l2p_fast, "head_decode", lambda *args: head_decode_reference(*args) + 1)
-    assert not head_ops._agrees.__wrapped__("cpu")
-    assert "differ from the reference" in caplog.text
+    assert "they differ from the reference by" in head_ops._disagreement.__wrapped__("cpu")
+    assert "not used on cpu: they differ" in caplog.text
+    monkeypatch.setattr(torch.ops.l2p_fast, "head_decode", lambda *args: head_decode_reference(*args) * torch.nan)
+    assert "by nan" in head_ops._disagreement.__wrapped__("cpu")
 
 
-def test_cuda_kernels_are_asked_for(monkeypatch):
-    monkeypatch.setattr(head_ops, "_agrees", lambda device: True)
+def test_a_kernel_that_agrees_is_taken():
+    assert head_ops._disagreement.__wrapped__("cpu") is None
+
+
+def test_a_gpu_without_a_matching_image_falls_back(monkeypatch, caplog):
+    def launch(*args):
+        raise RuntimeError("head: CUDA launch failed: no kernel image is available for execution on the device\nat ...")
+
+    monkeypatch.setattr(torch.ops.l2p_fast, "head_encode", launch)
+    why = head_ops._disagreement.__wrapped__("cpu")
+    assert why == "head: CUDA launch failed: no kernel image is available for execution on the device"
+    assert caplog.text.count("not used on cpu") == 1
+
+
+def test_too_little_memory_for_the_comparison_says_nothing_of_the_kernels(monkeypatch):
+    def launch(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.ops.l2p_fast, "head_encode", launch)
+    with pytest.raises(torch.OutOfMemoryError):
+        head_ops._disagreement("cpu")  # nor is it remembered
+    monkeypatch.undo()
+    assert head_ops._disagreement("cpu") is None
+
+
+def test_cuda_kernels_run_by_default(monkeypatch):
+    found = {"cuda:0": None, "cuda:1": "they differ"}
+    monkeypatch.setattr(head_ops, "_disagreement", found.get)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *args: True)
     monkeypatch.delenv("L2P_CUDA_HEAD", raising=False)
-    assert not head_ops.fused_levels(torch.device("cuda"), torch.bfloat16)
-    monkeypatch.setenv("L2P_CUDA_HEAD", "1")
-    assert head_ops.fused_levels(torch.device("cuda"), torch.bfloat16)
-    assert not head_ops.fused_levels(torch.device("cuda"), torch.float32)
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert head_ops.fused_levels(first, torch.bfloat16) and not head_ops.fused_levels(second, torch.bfloat16)
+    assert head_ops.head_obstacle(second, torch.bfloat16) == "they differ"
+    assert head_ops.head_obstacle(first, torch.float32) == "there are none for cuda in float32"
+    monkeypatch.setenv("L2P_CUDA_HEAD", "0")
+    assert head_ops.head_obstacle(first, torch.bfloat16) == "switched off by L2P_CUDA_HEAD=0"
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *args: False)
+    assert head_ops.head_obstacle(first, torch.bfloat16) == "none for cuda were loaded"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -24,6 +24,7 @@ from .head import (
     head_decode_reference,
     head_encode,
     head_encode_reference,
+    head_obstacle,
 )
 from .norm import (
     Rope,
@@ -60,6 +61,7 @@ __all__ = [
     "head_decode_reference",
     "head_encode",
     "head_encode_reference",
+    "head_obstacle",
     "norm_modulate",
     "norm_modulate_reference",
     "patchify",

@@ -322,43 +322,53 @@ def head_decode(
 
 
 @functools.cache
-def _agrees(device: str) -> bool:
-    """Whether the kernels of ``device`` compute what the reference does, on a small level; says so if they do not."""
+def _disagreement(device: str) -> str | None:
+    """Why the kernels of ``device`` are not trusted. None: on a small image they compute what the reference does."""
     random = torch.Generator().manual_seed(0)
     up, dec, out = nn.Conv2d(16, 16, 3), nn.Conv2d(32, 16, 3), nn.Conv2d(16, 3, 1)
-    for parameter in (*up.parameters(), *dec.parameters(), *out.parameters()):
+    first = nn.Conv2d(3, 16, 3)
+    for parameter in (*first.parameters(), *up.parameters(), *dec.parameters(), *out.parameters()):
         parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=random) / 10)
-    for conv in (up, dec, out):
+    for conv in (first, up, dec, out):
         conv.to(device, torch.bfloat16)
-    skip = torch.randn(1, 12, 72, 16, generator=random).to(device, torch.bfloat16)
-    encode = (skip, *encoder_weights(up), 0, 0, 12, 12, True, True)
+    pixels = torch.randn(1, 3, 12, 72, generator=random).to(device).permute(0, 2, 3, 1)
+    outermost = (pixels, *encoder_weights(first), 0, 0, 12, 12, True, True)
     try:
-        kept, pooled = torch.ops.l2p_fast.head_encode(*encode)
+        skip, _ = head_encode_reference(*outermost)
+        encode = (skip, *encoder_weights(up), 0, 0, 12, 12, True, True)
+        _, pooled = head_encode_reference(*encode)
         decode = (pooled, skip, *decoder_weights(up, dec, out), 0, 0, 0, 12, 12)
-        image = torch.ops.l2p_fast.head_decode(*decode)
-        pairs = zip(
-            (kept, pooled, image), (*head_encode_reference(*encode), head_decode_reference(*decode)), strict=True
-        )
-        worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+        found = *torch.ops.l2p_fast.head_encode(*outermost), *torch.ops.l2p_fast.head_encode(*encode)
+        found += (torch.ops.l2p_fast.head_decode(*decode),)
+        wanted = *head_encode_reference(*outermost), *head_encode_reference(*encode), head_decode_reference(*decode)
+        errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(found, wanted, strict=True)]
+        worst = torch.stack(errors).max().item()  # NaN where one is
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the kernels
     except RuntimeError as error:
-        logger.warning("the Detailer Head's kernels are not used on %s: %s", device, error)
-        return False
-    if not worst <= 1e-2:
-        logger.warning(
-            "the Detailer Head's kernels are not used on %s: they differ from the reference by %g", device, worst
-        )
-        return False
-    return True
+        why = " ".join(str(error).split("\n")[0].split())
+    else:
+        if worst <= 1e-2:
+            return None
+        why = f"they differ from the reference by {worst:g}"
+    logger.warning("the Detailer Head's kernels are not used on %s: %s", device, why)
+    return why
+
+
+def head_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernels run the two ops on this device and in this dtype, as words. None: they do.
+
+    Those for CUDA are compared with the reference once before they are used; ``L2P_CUDA_HEAD=0`` switches them off.
+    """
+    if dtype not in {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(device.type, ()):
+        return f"there are none for {device.type} in {str(dtype).removeprefix('torch.')}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("l2p_fast::head_decode", device.type.upper()):
+        return f"none for {device.type} were loaded"
+    if device.type == "cpu":
+        return None
+    return "switched off by L2P_CUDA_HEAD=0" if os.environ.get("L2P_CUDA_HEAD") == "0" else _disagreement(str(device))
 
 
 def fused_levels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels run the two ops on this device and in this dtype, so that they beat the library.
-
-    Those for CUDA were compiled and emulated, but never run: ``L2P_CUDA_HEAD=1`` asks for them, and they are compared
-    with the reference once before they are used.
-    """
-    if dtype not in {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}.get(device.type, ()):
-        return False
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("l2p_fast::head_decode", device.type.upper()):
-        return False
-    return device.type == "cpu" or (os.environ.get("L2P_CUDA_HEAD") == "1" and _agrees(str(device)))
+    """Whether kernels run the two ops on this device and in this dtype."""
+    return head_obstacle(device, dtype) is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 # On a CPU two rows in one batch save little time and cost their memory, so past this many pixels they go one by one.
 _CPU_BATCH_PIXELS = 1024 * 1024
 # Working memory of the head, in MB, to try next after running out of memory.
-_SMALLER_HEAD_MB = (64.0, 16.0)
+_SMALLER_HEAD_MB = (AUTO_MEMORY_MB, 64.0, 16.0)
 
 
 class Stop(Exception):
@@ -200,7 +201,7 @@ class Predictor:
     def _retreat(self) -> bool:
         """Choose a smaller way of running and say so; False: there is none."""
         head = self.transformer.head
-        now = head.memory_mb or AUTO_MEMORY_MB
+        now = head.memory_mb or (math.inf if self.caps[0].is_cuda else AUTO_MEMORY_MB)
         if smaller := next((mb for mb in _SMALLER_HEAD_MB if mb < now), None):
             head.memory_mb, head.band_rows = smaller, None  # kept for later runs: they would run out as well
             logger.warning("out of memory: retrying with head bands of %g MB", smaller)

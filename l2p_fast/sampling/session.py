@@ -116,10 +116,12 @@ class Session:
         words = f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         kind = str(pipe.transformer.dtype).removeprefix("torch.")
+        obstacle = ops.head_obstacle(device, pipe.transformer.dtype)
         report = [
             f"model      {facts.name} (patch {pipe.patch_size}, {words} parameters)",
             f"device     {device} ({where}), {kind}{why}",
             f"extension  {ops.extension_status()}",
+            f"head       {'kernels' if obstacle is None else f'the library, without kernels: {obstacle}'}",
         ]
         setup = replace(setup, model=facts.name, device=str(device), dtype=kind)
         return cls(pipe, setup, facts.name, report=report)

@@ -141,18 +141,31 @@ def _decoder_rows(rows: Rows, banded: int) -> tuple[list[Rows], list[Rows]]:
 
 
 def choose(
-    levels: Sequence[Level], fewest: int, shape: tuple[int, int, int], dtype: torch.dtype, budget: int, fused: int = 0
+    levels: Sequence[Level],
+    fewest: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    budget: int,
+    fused: int = 0,
+    elements: int | None = None,
 ) -> Plan | None:
     """How a batch of ``shape`` (B, H, W) is run within ``budget`` bytes; None: whole.
 
     What fits runs whole; else ``fewest`` levels are banded, or more, until the inner ones fit too. If nothing fits, the
-    least demanding way is taken.
+    least demanding way is taken. No map that is held has ``elements`` or more.
     """
-    if whole_bytes(levels, shape, dtype, fused) <= budget:
+    batch, height, width = shape
+    per_pixel = max(max(level.enc, level.up, level.dec) / 4**k for k, level in enumerate(levels))
+    small = elements is None or batch * height * width * per_pixel < elements
+    if small and whole_bytes(levels, shape, dtype, fused) <= budget:
         return None
     best, least = None, 0
     for banded in range(fewest, len(levels)):
-        plan = Plan(banded, _rows_within(levels[:banded], shape[2], dtype, budget, fused))
+        rows = _rows_within(levels[:banded], width, dtype, budget, fused)
+        if elements is not None:
+            step, most = 2**banded, int((elements - 1) / (width * per_pixel)) - 2 * _halo(banded)
+            rows = min(rows, height, max(most // step, 1) * step)
+        plan = Plan(banded, rows)
         needed = max(_inner_bytes(levels, banded, shape, dtype, fused), _band_bytes(levels, plan, shape, dtype, fused))
         if best is None or needed < least:
             best, least = plan, needed

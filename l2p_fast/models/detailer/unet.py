@@ -22,7 +22,15 @@ from .bands import Plan, Rows, Run
 from .fused import Kernels, Library, silu
 
 BANDED_CHANNELS = 64  # levels up to this many encoder channels hold much memory and little work: these run in bands
-AUTO_MEMORY_MB = 256.0  # working memory the head may take when neither bands nor budget are given
+AUTO_MEMORY_MB = 256.0  # working memory the head may take when neither bands nor budget are given; on CUDA instead:
+CUDA_SHARE = 0.5  # of what is free there
+CUDA_ELEMENTS = 2**31  # that no map reaches there: the library's kernels count in 32 bits
+
+
+def free_cuda_bytes(device: torch.device) -> int:
+    """What PyTorch can still allocate on a GPU: free, or kept for reuse."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 class SplitConv1x1(nn.Conv2d):
@@ -53,8 +61,8 @@ class DetailerHead(nn.Module):
         levels: its levels, from full resolution inwards.
         band_rows: rows of a band at full resolution; None chooses from ``memory_mb``.
         memory_mb: working memory in MB that the head aims to stay within, beside its input and output; None: 256 MB,
-            where kernels run in float32 512. What fits runs whole. It is an aim: the inner levels and the halo of a
-            band set a floor.
+            where kernels run in float32 512, on CUDA half of what is free. What fits runs whole. It is an aim: the
+            inner levels and the halo of a band set a floor.
 
     Raises:
         UserError: a patch size without a table.
@@ -157,13 +165,20 @@ class DetailerHead(nn.Module):
         if band_rows is not None:
             step = 2**self.table_banded
             plan = Plan(self.table_banded, -(-band_rows // step) * step)
+            return plan if plan.rows < height else None
+        fused, maps = self._fused_count(pixels.device, dtype), self._dtype_of_maps(pixels.device, dtype)
+        on_cuda = pixels.device.type == "cuda"
+        if memory_mb is not None:
+            budget = memory_mb * 2**20
+        elif on_cuda:
+            budget = CUDA_SHARE * free_cuda_bytes(pixels.device)
         else:
-            fused, maps = self._fused_count(pixels.device, dtype), self._dtype_of_maps(pixels.device, dtype)
-            auto = AUTO_MEMORY_MB * (maps.itemsize // 2 if fused else 1)
-            budget = int((auto if memory_mb is None else memory_mb) * 2**20)
-            fewest = 1 if fused else self.table_banded  # kernels are fast on every level; what is banded is made twice
-            plan = bands.choose(self.levels, fewest, (batch, height, width), maps, budget, fused)
-        return plan if plan is not None and plan.rows < height else None
+            budget = AUTO_MEMORY_MB * 2**20 * (maps.itemsize // 2 if fused else 1)
+        fewest = 1 if fused else self.table_banded  # kernels are fast on every level; what is banded is made twice
+        elements = CUDA_ELEMENTS if on_cuda else None
+        plan = bands.choose(self.levels, fewest, (batch, height, width), maps, int(budget), fused, elements)
+        by_sample = on_cuda and batch > 1  # a band as high as the image is one sample of a batch
+        return plan if plan is not None and (plan.rows < height or by_sample) else None
 
     def peak_bytes(
         self, pixels: Tensor, dtype: torch.dtype, band_rows: int | None = None, memory_mb: float | None = None
