@@ -19,6 +19,7 @@ _LAZY = {
     "Request": ".sampling.request",
     "Session": ".sampling.session",
     "Setup": ".sampling.request",
+    "load_lora": ".loading",
     "load_model": ".loading",
     "load_pipeline": ".sampling.pipeline",
 }

@@ -2,7 +2,7 @@
 
 Everything is checked by names and shapes before the first byte is written, then streamed tensor by tensor: memory stays
 small whatever the model's size. Torch is loaded only for the writing. Left out: quantizing, and merging LoRAs
-(`formats.lora.load_lora` does that).
+(`load_lora` does that).
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def merge(args: argparse.Namespace) -> None:
     delta, in_training = _trained(args.delta, args.ema)
     base = Checkpoint(args.base)
     if delta.kind() == "lora":
-        raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.formats.lora.load_lora(model, FILE)")
+        raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.load_lora(model, FILE)")
     wanted = model_shapes(base.l2p_config())
     shapes = delta.shapes
     unknown = [delta.tensors[key].name for key in shapes if key not in wanted]

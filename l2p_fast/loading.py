@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from .errors import UserError
+from .errors import UserError, few
+from .formats.changes import Change
 from .formats.checkpoint import Checkpoint
+from .formats.lora import read_lora
 from .formats.text_encoder import check_tokenizer, open_encoder
-from .formats.values import default_dtype, fill
+from .formats.values import default_dtype, fill, is_finite
 from .models.text import template_prompt
 from .models.zimage import L2PTransformer2DModel, build_empty
 from .quantize import products
@@ -52,6 +57,72 @@ def load_model(
         products.quantize_blocks(model, quantize)
     checkpoint.fill(model, dtype, device)
     return model.eval()
+
+
+def load_lora(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, adapter: str | None = None) -> int:
+    """Apply a LoRA, LoHa, LoKr or DoRA of any known layout (see `formats.lora.read_lora`). Returns the layers changed.
+
+    Args:
+        model: changed in place; on an error it is as it was.
+        path: the .safetensors file (or a folder with one).
+        scale: multiplies the change; of a plain one, -scale takes a merged one out again (up to rounding).
+        adapter: None merges into the weights, computed in fp32; weights in 8 bits are rounded anew. A name lays an
+            adapter of that name over the layers instead, in use by itself, which diffusers' ``set_adapters`` and the
+            like know. It leaves the weights, whatever their bits, as they are.
+
+    Raises:
+        UserError: see `read_lora`; merging into weights that can't take it; a sum that is not finite.
+    """
+    from .models.adapters import add_adapter, shapes_of
+
+    if not math.isfinite(scale):
+        raise UserError(f"a LoRA's scale must be a finite number, got {scale}")
+    changes = read_lora(shapes_of(model), path)
+    if adapter is None:
+        merge_changes(model, changes, scale, path)
+    else:
+        add_adapter(model, changes, adapter)
+        model.set_adapters([adapter], [scale])
+    return len(changes)
+
+
+@torch.no_grad()
+def merge_changes(model: nn.Module, changes: Mapping[str, Change], scale: float, path: str | os.PathLike) -> None:
+    """Put ``changes`` (by layer) at strength ``scale`` into the weights of ``model``; ``path`` is where they are from.
+
+    Raises:
+        UserError: weights that can't take them; a sum that is not finite. Nothing is changed then.
+    """
+    from .models.adapters import base_of, fits_sums, put_weight, weight_of
+
+    loose = dict(model.named_parameters(recurse=False))
+    layers = {name: base_of(model.get_submodule(name)) for name in changes if name not in loose}
+    closed = [name for name, layer in layers.items() if not fits_sums(layer, changes[name])]
+    if closed:
+        what = "missing bias" if any(changes[name].bias is not None for name in closed) else "quantized weights"
+        raise UserError(f"can't merge a LoRA into the {what} of {few(closed)}; give adapter=NAME, or merge before")
+
+    def check(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+        if not is_finite(values.to(dtype)):
+            raise UserError(f"{path}: merged at {scale:g}, {name} would hold infinite values; try a lower scale")
+
+    for apply in (False, True):  # all sums are looked at before the first is kept
+        for name, change in changes.items():
+            layer = layers.get(name)
+            if change.kind is not None:
+                weight = loose[name] if layer is None else weight_of(layer, torch.float32)
+                values = change.merged(weight, scale)
+                own = layer is not None and hasattr(layer, "load_weight")
+                check(name, values, torch.float32 if own else (loose[name] if layer is None else layer.weight).dtype)
+                if apply and layer is None:
+                    loose[name].copy_(values)
+                elif apply:
+                    put_weight(layer, values)
+            if change.bias is not None:
+                values = layer.bias.float() + scale * change.bias.to(layer.bias.device)
+                check(name, values, layer.bias.dtype)
+                if apply:
+                    layer.bias.copy_(values)
 
 
 def load_text_encoder(

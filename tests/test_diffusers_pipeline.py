@@ -293,5 +293,12 @@ def test_lora_family(pipe, tmp_path):
     pipe.delete_adapters("default_0")
     pipe.load_lora_weights(weights, adapter_name="two")  # a state dict goes through diffusers
     torch.testing.assert_close(draw(), adapted, rtol=0, atol=1e-4)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors", adapter_name="three")  # ours over diffusers' own
+    assert pipe.get_list_adapters() == {"transformer": ["two", "three"]}
+    pipe.set_adapters(["two", "three"], [0.25, 0.75])
+    assert pipe.get_active_adapters() == ["two", "three"]
+    torch.testing.assert_close(draw(), adapted, rtol=0, atol=1e-4)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(draw(), plain, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match="only scale"):
         draw(attention_kwargs={"ip_adapter_masks": []})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 METADATA_KEY = "l2p_config"
-_OF_LORA = re.compile(r"\.lora[._]|\.dora_scale|\.(hada|lokr)_|^(lora|lycoris)_")
+_OF_LORA = re.compile(r"\.lora[._]|\.dora_scale|\.(hada|lokr)_|^(lora|lycoris)_|\.diff(_b)?$|\.[wb]_norm$")
 
 
 class Checkpoint:
@@ -102,7 +102,7 @@ class Checkpoint:
                       "python -m l2p_fast.convert init FILE --res 1k --out NEW.safetensors",
             "delta": f"a training output ({len(self.tensors)} tensors), not {wanted}; merge it first: "
                      "python -m l2p_fast.convert merge FILE --base BASE.safetensors --out NEW.safetensors",
-            "lora": f"a LoRA, not {wanted}; load its model, then l2p_fast.formats.lora.load_lora(model, FILE)",
+            "lora": f"a LoRA, not {wanted}; load its model, then l2p_fast.load_lora(model, FILE)",
             "l2p": f"a whole L2P checkpoint, not {wanted}",
             "other": f"not {wanted} (its tensors: {first}); give the transformer's file",
         }[kind])  # fmt: skip

@@ -1,8 +1,8 @@
-"""LoRA files of any trainer -> pairs of matrices by our module names, merged or added as an adapter.
+"""Adapter files of any trainer -> what they change, by our module names.
 
-Known: diffusers and PEFT names (alpha in ``adapter_config.json`` or the file's metadata), ComfyUI's, kohya's, musubi's
-and LyCORIS' plain LoRA (alpha as a tensor), split or fused. Left out: LoHa, LoKr, DoRA and whole-weight differences,
-which are refused, and parts for a text encoder or an autoencoder, which are named and skipped.
+Known: LoRA, LoHa, LoKr, DoRA, biases and whole differences, under the names of diffusers and PEFT (alpha in
+``adapter_config.json`` or the file's metadata), ComfyUI, kohya, musubi and LyCORIS (alpha as a tensor), split or fused.
+What fits nothing in the model is named and left out. Left out always: Tucker-decomposed convolutions, OFT.
 """
 
 from __future__ import annotations
@@ -10,38 +10,48 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError, few
+from .changes import Change, Difference, Hadamard, Kronecker, Pair
 from .checkpoint import Checkpoint
 from .header import AGAIN, load_json, parse_json
 from .names import LAYOUTS, strip_prefix, to_layout
-from .values import is_finite
 
 logger = logging.getLogger(__name__)
 
-Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Shapes = Mapping[str, tuple[int, ...]]
 
-_LEAVES = (
-    (re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight$"), "A"),
-    (re.compile(r"\.(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight$"), "B"),
-    (re.compile(r"\.alpha$"), "alpha"),
+_LEAVES = tuple(
+    (re.compile(rf"\.{pattern}$"), part)
+    for pattern, part in (
+        (r"(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight", "down"),
+        (r"(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight", "up"),
+        (r"(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.bias", "up_bias"),
+        (r"alpha", "alpha"),
+        (r"(?:dora_scale|lora_magnitude_vector(?:\.\w+)?(?:\.weight)?)", "magnitude"),
+        (r"(?:diff|w_norm)", "diff"),
+        (r"(?:diff_b|b_norm)", "diff_b"),
+        *((rf"({name})(?:\.default)?", name) for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+        *((rf"({name})(?:\.default)?", name) for w in ("lokr_w1", "lokr_w2") for name in (w, f"{w}_a", f"{w}_b")),
+    )
 )
+_REFUSED = re.compile(r"\.(hada_t[12]|lokr_t[12]|lora_mid|b?oft_\w+)\b")  # without them the rest means something else
 _UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 _OTHER_PARTS = re.compile(r"(text_encoders?\d*|conditioner|vae|first_stage_model)\.|(lora_|lycoris_)?te\d?_|lora_text_")
-_LATENT = re.compile(r"final_layer|x_embedder")
+_KINDS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # PEFT's, and what each calls alpha
 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
-def _module_names(model: nn.Module) -> dict[str, list[str]]:
-    """Every name a LoRA file may give a module (ours, ComfyUI's, either with underscores) -> our modules."""
+def module_names(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Every name an adapter file may give one of our ``modules`` (ours, ComfyUI's, either with underscores) -> ours."""
     names: dict[str, list[str]] = {}
-    modules = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    modules = list(modules)
     for layout in LAYOUTS:
         for theirs, ours in to_layout((f"{name}.weight" for name in modules), layout).items():
             names[theirs.removesuffix(".weight")] = [key.removesuffix(".weight") for key in ours]
@@ -54,26 +64,31 @@ class _Strength:
     """The factor alpha / rank of each module, where a file's metadata or a folder's adapter_config.json tells alpha.
 
     As PEFT has it: ``alpha_pattern`` and ``rank_pattern`` by module name or its end, before ``lora_alpha`` and ``r``;
-    with ``use_rslora`` the factor is alpha / sqrt(rank). The rank is that of the tensors.
+    with ``use_rslora`` the factor is alpha / sqrt(rank). The rank is that of the tensors, where they have one.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self.where = where
-        kind = str(config.get("peft_type") or "LORA")
-        if kind != "LORA" or config.get("use_dora"):
-            raise UserError(f"{where} is of a {kind:.20} with use_dora {config.get('use_dora')}; only plain LoRAs work")
-        self.alpha = self._number(config.get("lora_alpha"), "lora_alpha")
-        patterns = config.get("alpha_pattern") or {}
+        kind = str(config.get("peft_type") or "LORA").rpartition(".")[2]
+        if kind not in _KINDS:
+            raise UserError(f"{where} is of a {kind:.20}; LoRA, LoHa, LoKr and DoRA work")
+        self.alpha = self._number(config.get(_KINDS[kind]), _KINDS[kind])
+        self.rank = self._number(config.get("r"), "r")
+        self.alphas, self.ranks = (self._patterns(config, name) for name in ("alpha_pattern", "rank_pattern"))
+        self.root = bool(config.get("use_rslora"))
+
+    def _patterns(self, config: Mapping[str, Any], field: str) -> dict[str, float | None]:
+        patterns = config.get(field) or {}
         if not isinstance(patterns, dict):
-            raise UserError(f"{where}: alpha_pattern is not an object; {AGAIN}")
-        self.patterns: dict[str, float] = {}
-        for pattern, alpha in patterns.items():
+            raise UserError(f"{self.where}: {field} is not an object; {AGAIN}")
+        found = {}
+        for pattern, value in patterns.items():
             # PEFT takes these for regular expressions; what it writes are names, and a stranger's expression may hang.
             name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
             if not re.fullmatch(r"[\w.]+", name):
-                raise UserError(f"{where}: alpha_pattern {pattern!r:.60} is not a module's name; {AGAIN}")
-            self.patterns[strip_prefix(name)] = self._number(alpha, "alpha_pattern")
-        self.root = bool(config.get("use_rslora"))
+                raise UserError(f"{self.where}: {field} {pattern!r:.60} is not a module's name; {AGAIN}")
+            found[strip_prefix(name)] = self._number(value, field)
+        return found
 
     def _number(self, value: Any, name: str) -> float | None:
         if value is None:
@@ -82,12 +97,17 @@ class _Strength:
             raise UserError(f"{self.where}: {name} must be a number, got {value!r:.40}; {AGAIN}")
         return float(value)
 
-    def __call__(self, module: str, rank: int) -> float:
-        fitting = [p for p in self.patterns if module == p or module.endswith("." + p)]
-        alpha = self.patterns[max(fitting, key=len)] if fitting else self.alpha
-        if alpha is None:
+    def __call__(self, module: str, rank: int | None) -> float:
+        alpha, told = self._of(module, self.alphas, self.alpha), self._of(module, self.ranks, self.rank)
+        rank = rank or told
+        if alpha is None or not rank:
             return 1.0
         return alpha / (math.sqrt(rank) if self.root else rank)
+
+    @staticmethod
+    def _of(module: str, patterns: Mapping[str, float | None], otherwise: float | None) -> float | None:
+        fitting = [p for p in patterns if module == p or module.endswith("." + p)]
+        return patterns[max(fitting, key=len)] if fitting else otherwise
 
 
 def _strength(checkpoint: Checkpoint) -> _Strength:
@@ -109,67 +129,66 @@ def _strength(checkpoint: Checkpoint) -> _Strength:
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
-def read_lora(model: nn.Module, path: str | Path) -> Pairs:
-    """Our module name -> (A (rank, in), B (out, rank)) in fp32, with the file's own strength folded into B.
+def read_lora(shapes: Shapes, path: str | Path) -> dict[str, Change]:
+    """Our module name -> what the file changes in it, in fp32, with the file's own strength folded in.
 
-    Fused ``qkv`` is cut into three. What only a latent model has (its patch embedding, its final layer) and what is for
-    a text encoder is left out, with a warning.
+    Fused ``qkv`` is cut into three. What fits nothing in the model (another model's layers, a latent model's patch
+    embedding, a text encoder) is left out, with a warning that names it.
+
+    Args:
+        shapes: the model's parameters by name.
+        path: the .safetensors file (or a folder with one).
 
     Raises:
-        UserError: not a LoRA, not one of this model, an unsupported kind (LoHa, LoKr, DoRA), or NaN.
+        UserError: not an adapter, nothing in it fits, a kind that can't be read, half of a pair, or NaN.
     """
     checkpoint = Checkpoint(path)
     if not checkpoint.is_lora:
         raise UserError(f"{path} is not a LoRA (no lora_A/lora_B or lora_down/lora_up in it); load it as a model")
-    known, strength = _module_names(model), _strength(checkpoint)
-    found, skipped = _modules_in(checkpoint)
-    shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if hasattr(module, "weight")}
-    result: Pairs = {}
-    latent, unknown = [], []
-    for module, parts in found.items():
-        if "A" not in parts or "B" not in parts:
-            raise UserError(f"{path}: {module} lacks one half of its pair; the file is incomplete")
-        if module not in known:
-            (latent if _LATENT.search(module) else unknown).append(module)
+    weights = {name.removesuffix(".weight"): tuple(shape) for name, shape in shapes.items() if not _is_bias(name)}
+    known, strength = module_names(weights), _strength(checkpoint)
+    found, others = _modules_in(checkpoint)
+    result: dict[str, Change] = {}
+    misfits, seen = [], set()
+    # Split layers first: where a fused copy lies beside them, they count.
+    for module, parts in sorted(found.items(), key=lambda item: len(known.get(item[0], ()))):
+        targets = known.get(module)
+        if targets is None:
+            misfits.append(f"{module} (not in this model)")
             continue
-        a, b = parts["A"], parts["B"]
-        if not a.dim() or not b.dim() or not a.shape[0]:
-            raise UserError(f"{path}: {module} has matrices of {list(a.shape)} and {list(b.shape)}; {AGAIN}")
-        factor = float(parts["alpha"]) / a.shape[0] if "alpha" in parts else strength(module, a.shape[0])
-        targets = known[module]
-        if b.shape[0] % len(targets):
-            raise UserError(f"{path}: {module} has {b.shape[0]} rows, not {len(targets)} equal parts")
-        for target, part in zip(targets, (b * factor).chunk(len(targets)), strict=True):
-            came, want = (part.shape[0], math.prod(a.shape[1:])), shapes[target]
-            if came != (want[0], math.prod(want[1:])) or part[0].numel() != a.shape[0]:
-                if "x_embedder" in module:
-                    latent.append(module)
-                    continue
-                raise UserError(f"{path}: {module} is for a weight of {list(came)}, the model's is {list(want)}")
-            if target in result:
-                if len(targets) == 1:
-                    raise UserError(f"{path} has {target} twice; remove one")
+        if len(targets) == 1 and targets[0] in seen:
+            raise UserError(f"{path} has {targets[0]} twice; remove one")
+        change = _change(path, module, parts, strength, len(targets))
+        for target, part in zip(targets, change, strict=True):
+            if target in seen:
                 continue  # a fused copy beside the split one
-            result[target] = (a, part)
-    if unknown:
-        raise UserError(f"{path}: {len(unknown)} modules are not in this model ({few(unknown)}); give a LoRA of it")
-    if latent:
-        logger.warning("%s: left out what only a latent model has: %s", path, few(latent))
-    if skipped:
-        logger.warning("%s: left out %d tensors of other models: %s", path, len(skipped), few(skipped))
+            seen.add(target)
+            misfit = _misfit(part, weights[target], shapes.get(f"{target}.bias"))
+            if misfit:
+                misfits.append(f"{module} ({misfit})")
+            else:
+                result[target] = part
     if not result:
-        raise UserError(f"{path} changes nothing in this model ({few(latent + skipped)}); give a LoRA of it")
+        raise UserError(f"{path} changes nothing in this model ({few(misfits + others)}); give a LoRA of it")
+    if misfits:
+        logger.warning("%s: left out %d layers that don't fit: %s", path, len(misfits), few(misfits))
+    if others:
+        logger.warning("%s: left out %d tensors that are no part of it: %s", path, len(others), few(others))
     return result
 
 
-def _modules_in(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
-    """The file's module names -> its matrices and alpha, and what belongs to other models."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    skipped, unknown = [], []
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
+
+
+def _modules_in(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The file's module names -> its parts, and the tensors that are none: of other models, or not known."""
+    found: dict[str, dict[str, Tensor]] = {}
+    others, unknown = [], []
     for name in checkpoint.tensors:
-        leaf = next(((name[: m.start()], kind) for rx, kind in _LEAVES if (m := rx.search(name))), None)
+        leaf = next(((name[: m.start()], part) for rx, part in _LEAVES if (m := rx.search(name))), None)
         if _OTHER_PARTS.match(name):
-            skipped.append(name)
+            others.append(name)
         elif leaf is None:
             unknown.append(name)
         else:
@@ -177,74 +196,85 @@ def _modules_in(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, torch.Tenso
             if leaf[1] == "alpha" and value.numel() != 1:
                 raise UserError(f"{checkpoint.path}: {name} must be one number, got {list(value.shape)}; {AGAIN}")
             found.setdefault(leaf[0], {})[leaf[1]] = value
-    if unknown:
+    if refused := [name for name in unknown if _REFUSED.search(name)]:
         raise UserError(
-            f"{checkpoint.path}: {len(unknown)} tensors are no plain LoRA's ({few(unknown)}); "
-            "only A/B (down/up) pairs work"
+            f"{checkpoint.path}: {len(refused)} tensors are of a kind that is not read ({few(refused)}); LoRA, LoHa, "
+            "LoKr, DoRA and diff work"
         )
-    return found, skipped
+    return found, others + unknown
 
 
-# --- Applying --------------------------------------------------------------------------------------------------------
-def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0, adapter: str | None = None) -> int:
-    """Apply a Z-Image or L2P LoRA of any known layout (see `read_lora`). Returns the modules changed.
+def _change(
+    path: str | Path, module: str, parts: Mapping[str, Tensor], strength: _Strength, count: int
+) -> list[Change]:
+    """What the ``parts`` of one of the file's modules do to each of our ``count`` layers that it holds."""
 
-    Args:
-        model: changed in place; on an error it is as it was.
-        path: the .safetensors file (or a folder with one).
-        scale: multiplies the LoRA; -scale takes a merged one out again (up to rounding).
-        adapter: None merges into the weights (W += scale * alpha/rank * B A, computed in fp32; weights in 8 bits are
-            rounded anew); a name adds a PEFT adapter of that name instead, which can be switched off or reweighted and
-            leaves the weights, whatever their bits, as they are.
+    def need(*names: str) -> list[Tensor]:
+        if lost := [name for name in names if name not in parts]:
+            raise UserError(f"{path}: {module} lacks {lost[0]}, one half of its pair; the file is incomplete")
+        return [parts[name] for name in names]
 
-    Raises:
-        UserError: see `read_lora`; merging into weights that can't take it; a sum that is not finite.
-    """
-    if not math.isfinite(scale):
-        raise UserError(f"a LoRA's scale must be a finite number, got {scale}")
-    pairs = read_lora(model, path)
-    if adapter is not None:
-        _add_adapter(model, pairs, adapter)
-        model.set_adapters([adapter], [scale])
-        return len(pairs)
-    closed = [name for name in pairs if not _takes_sums(model.get_submodule(name))]
-    if closed:
-        raise UserError(
-            f"can't merge a LoRA into the quantized weights of {few(closed)}; give adapter=NAME, or merge before"
-        )
-    with torch.no_grad():
-        for apply in (False, True):  # all sums are looked at before the first is kept
-            for name, (a, b) in pairs.items():
-                module = model.get_submodule(name)
-                own = hasattr(module, "load_weight")
-                weight = module.weight_in(torch.float32) if own else module.weight.float()
-                delta = (b.flatten(1) @ a.flatten(1)).reshape(weight.shape).to(weight.device)
-                changed = (weight + scale * delta).to(weight.dtype if own else module.weight.dtype)
-                if not is_finite(changed):
-                    raise UserError(
-                        f"{path}: merged at {scale:g}, {name} would hold infinite values; try a lower scale"
-                    )
-                if apply and own:
-                    module.load_weight([changed], module.weight.device)
-                elif apply:
-                    module.weight.copy_(changed)
-    return len(pairs)
+    def factor_of(name: str) -> nn.Module:
+        """A factor of LoKr, whole or low-rank."""
+        if name in parts:
+            return Difference(parts[name])
+        up, down = need(f"{name}_a", f"{name}_b")
+        return Pair(down, up)
+
+    kinds, rank = [], None
+    if {"down", "up"} & parts.keys():
+        kinds.append(Pair(*need("down", "up")))
+        rank = kinds[-1].down.shape[0] if kinds[-1].down.dim() else 0
+    if any(name.startswith("hada") for name in parts):
+        up1, down1, up2, down2 = need("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        kinds.append(Hadamard(Pair(down1, up1), Pair(down2, up2)))
+        rank = down1.shape[0] if down1.dim() else 0
+    if any(name.startswith("lokr") for name in parts):
+        kinds.append(Kronecker(factor_of("lokr_w1"), factor_of("lokr_w2")))
+        low = [part for part in (kinds[-1].right, kinds[-1].left) if isinstance(part, Pair)]
+        rank = low[0].down.shape[0] if low and low[0].down.dim() else None
+    if "diff" in parts:
+        kinds.append(Difference(parts["diff"]))
+    if len(kinds) > 1:
+        raise UserError(f"{path}: {module} has {len(kinds)} kinds of change at once; {AGAIN}")
+    kind = kinds[0] if kinds else None
+    if kind is None and "diff_b" not in parts:
+        raise UserError(f"{path}: {module} has {few(parts)} and no matrices; the file is incomplete")
+    if kind is not None and not kind.is_whole:
+        shapes = few([f"{name} {list(value.shape)}" for name, value in parts.items()], 6)
+        raise UserError(f"{path}: {module} has matrices that don't fit each other ({shapes}); {AGAIN}")
+
+    factor = 1.0
+    if kind is not None and not isinstance(kind, Difference):
+        whole = isinstance(kind, Kronecker) and rank is None  # LyCORIS writes an alpha there, too, and means 1
+        factor = strength(module, rank)
+        if "alpha" in parts:
+            factor = 1.0 if whole else float(parts["alpha"]) / rank
+    bias = parts.get("diff_b")
+    if "up_bias" in parts:
+        bias = parts["up_bias"] * factor + (0 if bias is None else bias)
+    magnitude = parts.get("magnitude")
+    if kind is not None and kind.fits[0] % count or bias is not None and (bias.dim() != 1 or len(bias) % count):
+        raise UserError(f"{path}: {module} can't be cut into {count} equal parts; {AGAIN}")
+    if magnitude is not None:
+        rows, columns = (0, 0) if kind is None else kind.fits
+        sizes = [(rows, 1)] if count > 1 else [(rows, 1), (1, columns)]
+        flat = magnitude[:, None] if magnitude.dim() < 2 else magnitude.flatten(1)
+        if tuple(flat.shape) not in sizes:
+            raise UserError(f"{path}: {module} has a DoRA scale of {list(magnitude.shape)}, which isn't read; {AGAIN}")
+        magnitude = flat
+    kinds = [None] * count if kind is None else kind.scaled(factor).rows(count)
+    biases = [None] * count if bias is None else bias.chunk(count)
+    by_column = magnitude is None or magnitude.shape[0] == 1
+    magnitudes = [magnitude] * count if by_column else magnitude.chunk(count)
+    return [Change(*three) for three in zip(kinds, biases, magnitudes, strict=True)]
 
 
-def _add_adapter(model: nn.Module, pairs: Pairs, adapter: str) -> None:
-    state = {}
-    for name, (a, b) in pairs.items():
-        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a, b
-    model.load_lora_adapter(state, prefix=None, adapter_name=adapter)
-    for name, matrices in pairs.items():  # PEFT gives them the dtype of what they lie over, also where that is 8 bits
-        layer = model.get_submodule(name)
-        if layer.weight.dtype.itemsize == 1:
-            for part, value in zip((layer.lora_A, layer.lora_B), matrices, strict=True):
-                part[adapter].weight.data = value.to(part[adapter].weight.device, model.dtype)
-
-
-def _takes_sums(module: nn.Module) -> bool:
-    """Whether a LoRA can be merged: plain weights of 16 bits or more, or a module that rounds its weight itself."""
-    weight = module.weight
-    plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-    return plain or (hasattr(module, "weight_in") and hasattr(module, "load_weight"))
+def _misfit(change: Change, weight: tuple[int, ...], bias: tuple[int, ...] | None) -> str | None:
+    """Why ``change`` does not fit a layer of this weight and bias; None: it does."""
+    flat = weight[0] if weight else 1, math.prod(weight[1:])
+    if change.kind is not None and change.kind.fits != flat:
+        return f"for a weight of {list(change.kind.fits)}, the model's is {list(flat)}"
+    if change.bias is not None and len(change.bias) != (bias or flat)[0]:
+        return f"for a bias of {len(change.bias)}, the model's is {(bias or flat)[0]}"
+    return None

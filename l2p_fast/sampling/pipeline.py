@@ -32,9 +32,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..errors import FieldError, UserError
-from ..formats.lora import load_lora
 from ..formats.pipeline_folder import PipelineFolder, read_pipeline
-from ..loading import load_model, load_text_encoder
+from ..loading import load_lora, load_model, load_text_encoder
 from ..models.text import MAX_TOKENS, encode_prompts
 from ..models.zimage import L2PTransformer2DModel
 from ..variants import NATIVE_TOKENS, OF_PATCH, SHIFT

@@ -19,7 +19,7 @@ from tiny_pipeline import tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny
 
 from l2p_fast.errors import UserError
 from l2p_fast.formats.checkpoint import patch_size_of
-from l2p_fast.formats.lora import load_lora
+from l2p_fast import load_lora
 from l2p_fast.loading import load_model, load_text_encoder
 from l2p_fast.sampling.pipeline import load_pipeline
 
