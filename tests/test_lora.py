@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from test_checkpoint import tiny
 from tiny_pipeline import tiny_transformer
 
-from l2p_fast.errors import UserError
 from l2p_fast import load_lora
+from l2p_fast.errors import UserError
 from l2p_fast.formats.lora import read_lora
 from l2p_fast.models.adapters import shapes_of
 from l2p_fast.quantize import quantize

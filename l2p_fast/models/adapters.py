@@ -1,6 +1,6 @@
 """Adapters over a model's linear layers: what a LoRA file changes, added to what the layer computes.
 
-`AdapterLayer` is a layer of PEFT's, so that diffusers' functions (``set_adapters``, ``fuse_lora``, ``unload_lora``, ...)
+`AdapterLayer` is a layer of PEFT's, so that diffusers' functions (``set_adapters``, ``fuse_lora``, ``unload_lora``)
 work on it. PEFT's own are not used: they take nothing but ``nn.Linear`` and would read DoRA's norms off 8-bit codes.
 This one lies over whatever computes a linear layer, in any number of bits, and takes every kind of `formats.changes`.
 Plain pairs bear PEFT's names (``lora_A.NAME.weight``), so they are trained and saved as PEFT's are.
@@ -169,7 +169,7 @@ def is_rounded(module: nn.Module) -> bool:
 
 
 def fits_sums(module: nn.Module, change: Change) -> bool:
-    """Whether ``change`` can be merged: into weights of 16 bits or more, or by a module that rounds its weight itself."""
+    """Whether ``change`` can be merged: into 16 bits or more, or by a module that rounds its weight itself."""
     if change.bias is not None and getattr(module, "bias", None) is None:
         return False
     return hasattr(module, "load_weight") or not is_rounded(module)

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_pipeline import tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
+from l2p_fast import load_lora
 from l2p_fast.errors import UserError
 from l2p_fast.formats.checkpoint import patch_size_of
-from l2p_fast import load_lora
 from l2p_fast.loading import load_model, load_text_encoder
 from l2p_fast.sampling.pipeline import load_pipeline
 
