@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,50 +79,88 @@ def load_lora(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, ada
         raise UserError(f"a LoRA's scale must be a finite number, got {scale}")
     changes = read_lora(shapes_of(model), path)
     if adapter is None:
-        merge_changes(model, changes, scale, path)
+        _merge(model, [(changes, scale)], f"{path}: merged at {scale:g}")
     else:
         add_adapter(model, changes, adapter)
         model.set_adapters([adapter], [scale])
     return len(changes)
 
 
-@torch.no_grad()
-def merge_changes(model: nn.Module, changes: Mapping[str, Change], scale: float, path: str | os.PathLike) -> None:
-    """Put ``changes`` (by layer) at strength ``scale`` into the weights of ``model``; ``path`` is where they are from.
+def load_loras(model: nn.Module, files: Sequence[tuple[str | os.PathLike, float]]) -> list[tuple[int, int]]:
+    """Apply several LoRAs (file, scale) at once, each to the weights as they are now.
+
+    Weights of 16 bits and more take them merged, which costs nothing later; over those of fewer bits lie adapters, so
+    that they need no rounding anew.
+
+    Returns:
+        for each file, the layers merged and those adapted.
 
     Raises:
-        UserError: weights that can't take them; a sum that is not finite. Nothing is changed then.
+        UserError: as `load_lora`.
+    """
+    from .models.adapters import add_adapter, fits_sums, is_rounded, shapes_of
+
+    shapes, merged, counts, adapters = shapes_of(model), [], [], {}
+    for number, (path, scale) in enumerate(files):
+        changes = read_lora(shapes, path)
+        layers = {name: model.get_submodule(name) for name in changes if f"{name}.weight" in shapes}
+        over = [name for name, layer in layers.items() if is_rounded(layer) or not fits_sums(layer, changes[name])]
+        merged.append(({name: change for name, change in changes.items() if name not in over}, scale))
+        if over:
+            adapters[f"lora_{number}"] = {name: changes[name] for name in over}, scale
+        counts.append((len(changes) - len(over), len(over)))
+    _merge(model, merged, "the LoRAs merged")
+    for adapter, (changes, _) in adapters.items():
+        add_adapter(model, changes, adapter)
+    if adapters:
+        model.set_adapters(list(adapters), [scale for _, scale in adapters.values()])
+    return counts
+
+
+@torch.no_grad()
+def _merge(model: nn.Module, several: Sequence[tuple[Mapping[str, Change], float]], what: str) -> None:
+    """Put changes by layer, each with its strength, into the weights of ``model``: all, or none.
+
+    Raises:
+        UserError: weights that can't take them; a sum that is not finite, of ``what``.
     """
     from .models.adapters import base_of, fits_sums, put_weight, weight_of
 
     loose = dict(model.named_parameters(recurse=False))
-    layers = {name: base_of(model.get_submodule(name)) for name in changes if name not in loose}
-    closed = [name for name, layer in layers.items() if not fits_sums(layer, changes[name])]
+    of_layer: dict[str, list[tuple[Change, float]]] = {}
+    for changes, scale in several:
+        for name, change in changes.items():
+            of_layer.setdefault(name, []).append((change, scale))
+    layers = {name: base_of(model.get_submodule(name)) for name in of_layer if name not in loose}
+    closed = [name for name, layer in layers.items() if not all(fits_sums(layer, c) for c, _ in of_layer[name])]
     if closed:
-        what = "missing bias" if any(changes[name].bias is not None for name in closed) else "quantized weights"
-        raise UserError(f"can't merge a LoRA into the {what} of {few(closed)}; give adapter=NAME, or merge before")
+        lacking = any(change.bias is not None for name in closed for change, _ in of_layer[name])
+        words = f"{'missing bias' if lacking else 'quantized weights'} of {few(closed)}"
+        raise UserError(f"can't merge a LoRA into the {words}; give adapter=NAME, or merge before")
 
     def check(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         if not is_finite(values.to(dtype)):
-            raise UserError(f"{path}: merged at {scale:g}, {name} would hold infinite values; try a lower scale")
+            raise UserError(f"{what}, {name} would hold infinite values; try a lower scale")
 
     for apply in (False, True):  # all sums are looked at before the first is kept
-        for name, change in changes.items():
+        for name, changes in of_layer.items():
             layer = layers.get(name)
-            if change.kind is not None:
-                weight = loose[name] if layer is None else weight_of(layer, torch.float32)
-                values = change.merged(weight, scale)
-                own = layer is not None and hasattr(layer, "load_weight")
-                check(name, values, torch.float32 if own else (loose[name] if layer is None else layer.weight).dtype)
+            if any(change.kind is not None for change, _ in changes):
+                weight = loose[name].float() if layer is None else weight_of(layer, torch.float32)
+                added = [change.added(weight, scale) for change, scale in changes if change.kind is not None]
+                values = sum(added, weight)
+                held = loose[name] if layer is None else layer.weight
+                check(name, values, torch.float32 if hasattr(layer, "load_weight") else held.dtype)
                 if apply and layer is None:
-                    loose[name].copy_(values)
+                    held.copy_(values)
                 elif apply:
                     put_weight(layer, values)
-            if change.bias is not None:
-                values = layer.bias.float() + scale * change.bias.to(layer.bias.device)
-                check(name, values, layer.bias.dtype)
-                if apply:
-                    layer.bias.copy_(values)
+            for change, scale in changes:
+                if change.bias is not None:
+                    values = layer.bias.float() + scale * change.bias.to(layer.bias.device)
+                    check(f"{name}.bias", values, layer.bias.dtype)
+                    if apply:
+                        layer.bias.copy_(values)
 
 
 def load_text_encoder(

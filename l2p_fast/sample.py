@@ -18,9 +18,9 @@ from . import __version__
 from .errors import FieldError, Parser, UserError, run_cli
 from .models.attention import DOWNLOADS
 from .sampling.drawing import FORMATS, LARGEST_SIDE, read_image, read_settings
-from .sampling.facts import BUNDLED, ModelFacts, check_memory, check_text_encoder, find_model
+from .sampling.facts import BUNDLED, ModelFacts, check_lora, check_memory, check_text_encoder, find_model
 from .sampling.jobs import Job, is_finished, plan_jobs, read_prompts
-from .sampling.request import Request, Setup, check_number, check_size, choose
+from .sampling.request import Lora, Request, Setup, check_number, check_size, choose
 from .startup import all_stays, hide_unused
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("prompt", nargs="?", help="what to draw")
     add("--model", help="file, folder or pipeline folder; tiny-1k or tiny-4k: bundled (default: by the size)")
     add("--text-encoder", help="folder or hub id with text_encoder/ and tokenizer/, such as Tongyi-MAI/Z-Image-Turbo")
+    add("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA over the model; may be given several times")
     add("--res", type=int, help="height and width in pixels (default: the model's own)")
     add("--height", type=int, help="in pixels")
     add("--width", type=int, help="in pixels")
@@ -83,11 +84,13 @@ def recall(given: dict[str, Any], path: str, trust: bool) -> dict[str, Any]:
     if stored.get("device", "auto").split(":")[0] not in ("auto", "cpu"):
         stored["device"] = "auto"  # that machine's; pixels may differ on another device
         print("note: pixels may differ from one device to another", file=sys.stderr)
-    named = {k: stored[k] for k in ("model", "text_encoder", "image") if k in stored and stored[k] not in BUNDLED}
+    named = {k: [stored[k]] for k in ("model", "text_encoder", "image") if k in stored and stored[k] not in BUNDLED}
+    if stored.get("lora"):
+        named["lora"] = list(map(str, map(Lora.of, stored["lora"])))
     if stored.get("attention") in DOWNLOADS:
-        named["attention"] = stored["attention"]
+        named["attention"] = [stored["attention"]]
     if named and not trust:
-        options = " ".join(f"--{k.replace('_', '-')} {v!r}" for k, v in named.items())
+        options = " ".join(f"--{k.replace('_', '-')} {v!r}" for k, values in named.items() for v in values)
         raise UserError(f"--from-image: {path} names {options}; add these options, or --trust to load what it names")
     return stored | given
 
@@ -125,6 +128,8 @@ def settle(args: argparse.Namespace) -> tuple[Setup, Request, list[str], ModelFa
         longest = longest or max(image.size)
     model = find_model(setup.model, longest)
     check_text_encoder(setup.text_encoder, model)
+    for lora in setup.lora:
+        check_lora(lora)
     if height is None and request.image is None:
         height = width = model.native_size
     elif height is None:
@@ -159,7 +164,7 @@ def run(argv: list[str] | None = None) -> int:
     if limit and max(request.height, request.width) > limit:
         raise FieldError("format", f"{format} holds at most {limit} pixels a side; try {{format}} png")
     if args.prompts_file is not None:
-        waiting = [job for job in jobs if not is_finished(job, any_seed=args.seed is None)]
+        waiting = [job for job in jobs if not is_finished(job, setup, any_seed=args.seed is None)]
         if len(waiting) < len(jobs):
             print(f"{len(jobs) - len(waiting)} of {len(jobs)} images are finished and skipped")
         jobs = waiting

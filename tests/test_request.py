@@ -17,7 +17,7 @@ from l2p_fast.errors import FieldError, UserError
 from l2p_fast.sampling import drawing, facts
 from l2p_fast.sampling.drawing import Drawing, read_image, read_settings
 from l2p_fast.sampling.jobs import is_finished, plan_jobs
-from l2p_fast.sampling.request import RANGES, Request, Setup
+from l2p_fast.sampling.request import RANGES, Lora, Request, Setup
 
 REQUEST = Request("a red star", 7, height=32, width=48, steps=3, guidance=2.5)
 
@@ -27,6 +27,14 @@ def test_a_request_goes_to_json_and_back():
     setup = Setup(dtype="bf16", device="cuda:1", offload="model", head_memory_mb=64)
     assert setup.dtype == "bfloat16" and Setup.from_dict(setup.as_dict() | {"unknown": 1}) == setup
     assert Request.from_dict({"prompt": "a", "seed": 1, "guidance": 3}).guidance == 3.0
+
+
+def test_loras_of_a_setup():
+    setup = Setup(lora=["a.safetensors", "C:\\b:0.5", "c:d", Lora("e:1", -2)])
+    assert setup.lora == (Lora("a.safetensors"), Lora("C:\\b", 0.5), Lora("c:d"), Lora("e:1", -2.0))
+    assert Setup.from_dict(json.loads(json.dumps(setup.as_dict()))) == setup
+    assert Setup(lora=[str(lora) for lora in setup.lora]) == setup
+    assert Setup(lora="a:0.25").lora == (Lora("a", 0.25),) and Setup(lora=["none"]) == Setup()
 
 
 @pytest.mark.parametrize(
@@ -103,16 +111,18 @@ def test_jobs_count_up_seeds_and_stay_within_bounds(tmp_path):
 
 def test_what_is_finished(tmp_path):
     (job,), _ = plan_jobs(REQUEST, ["a"], 1, str(tmp_path / "a.png"), None)
-    assert not is_finished(job, False)
+    assert not is_finished(job, Setup(), False)
     job.path.write_bytes(b"")
-    assert not is_finished(job, False)
+    assert not is_finished(job, Setup(), False)
     settings = job.request.as_dict() | {"shift": 3.0, "cfg_batch": "on"}
     Drawing(Image.new("RGB", (48, 32)), settings, {}).save(job.path)
-    assert is_finished(job, False)
+    assert is_finished(job, Setup(), False)
     Drawing(Image.new("RGB", (48, 32)), settings | {"seed": 8}, {}).save(job.path)
-    assert not is_finished(job, False) and is_finished(job, True)
+    assert not is_finished(job, Setup(), False) and is_finished(job, Setup(), True)
     Drawing(Image.new("RGB", (48, 32)), settings | {"steps": 4}, {}).save(job.path)
-    assert not is_finished(job, True)
+    assert not is_finished(job, Setup(), True)
+    Drawing(Image.new("RGB", (48, 32)), settings | {"lora": [{"file": "a", "scale": 0.5}]}, {}).save(job.path)
+    assert not is_finished(job, Setup(), True) and is_finished(job, Setup(lora="a:0.5"), True)
 
 
 # --- a stranger's image ---
@@ -128,7 +138,7 @@ def stranger(path: Path, text: str, **settings) -> str:
 @pytest.fixture
 def no_way_out(monkeypatch):
     """Nothing may be opened, looked for or fetched by what a stranger's image says."""
-    for name in ("find_model", "check_text_encoder", "read_image"):
+    for name in ("find_model", "check_text_encoder", "check_lora", "read_image"):
         monkeypatch.setattr(sample, name, lambda *a, **k: pytest.fail("touched what a stranger named"))
 
 
@@ -139,7 +149,17 @@ def no_way_out(monkeypatch):
         ({"text_encoder": "evil/repo"}, "names --text-encoder 'evil/repo'"),
         ({"image": "/dev/zero", "strength": 0.5}, "names --image '/dev/zero'"),
         ({"attention": "flash_hub"}, "names --attention 'flash_hub'"),
+        (
+            {"lora": [{"file": "/dev/zero", "scale": 0.5}, {"file": "b"}]},
+            "names --lora '/dev/zero:0.5' --lora 'b'; add",
+        ),
         ({"model": "a\0b"}, "damaged .model is not a path"),
+        ({"lora": [{"file": "a\0b"}]}, "damaged .lora is not a path"),
+        ({"lora": [{"file": "a", "scale": 1e9}]}, "damaged .lora has a scale from"),
+        ({"lora": [{"file": "a", "sha256": "../b"}]}, "damaged .lora has a damaged sha256"),
+        ({"lora": [7]}, "damaged .lora is '7', not FILE"),
+        ({"lora": {}}, "damaged .lora is"),
+        ({"lora": ["a"] * 101}, "damaged .lora is given 101 times"),
         ({"model": {}}, "damaged .model is"),
         ({"attention": ["flash"]}, "attention"),
         ({"steps": 10**12}, "settings .* damaged .steps"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_pipeline import save_tiny
 
 from l2p_fast import __version__, ops, sample
 from l2p_fast.errors import UserError
+from l2p_fast.formats.checkpoint import Checkpoint
 from l2p_fast.formats.write import save_single_file
 from l2p_fast.models import attention
 from l2p_fast.sampling import facts, jobs, request, session
@@ -135,6 +139,63 @@ def test_a_failed_write_leaves_the_old_picture(run, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         run("b", "--res", 16, "--out", "a.png")
     assert Path("a.png").read_bytes() == before and list(Path().iterdir()) == [Path("a.png")]
+
+
+def lora_file(path, **pairs):
+    """Random pairs for the bundled model, whose images show what they change, in diffusers' names."""
+    generator, file = torch.Generator().manual_seed(1), {}
+    for module in ("layers.0.attention.to_v", "layers.1.feed_forward.w2", "noise_refiner.0.adaLN_modulation.0"):
+        rows, columns = Checkpoint(facts.WEIGHTS / "tiny-1k").shapes[f"{module}.weight"]
+        for part, shape in (("A", (4, columns)), ("B", (rows, 4))):
+            value = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+            file[f"transformer.{module}.lora_{part}.weight"] = value
+    save_file(file | pairs, path)
+
+
+def test_loras(run, capsys):
+    """Fused or over 8 bits, several add up; the image holds their names and digests, and repeats with them alone."""
+    asked = "a red star", "--res", 32, "--seed", 3, "--dtype", "fp32", "--steps", 2
+    run = functools.partial(run, model=None)
+    lora_file("one.safetensors")
+    run(*asked, "--out", "plain.png")
+    run(*asked, "--lora", "one.safetensors:0.5", "--out", "half.png")
+    assert "one.safetensors:0.5 (3 layers fused, 0 as adapters)" in capsys.readouterr().out
+    run(*asked, "--lora", "one.safetensors:0.25", "--lora", "one.safetensors:0.25", "--out", "twice.png")
+    half, twice, plain = (pixels(f"{name}.png").astype(int) for name in ("half", "twice", "plain"))
+    assert abs(half - twice).max() <= 1 < abs(half - plain).max()
+    digest = hashlib.sha256(Path("one.safetensors").read_bytes()).hexdigest()
+    settings = json.loads(Image.open("half.png").info["l2p_fast"])
+    assert settings["lora"] == [{"file": "one.safetensors", "scale": 0.5, "sha256": digest}]
+
+    with pytest.raises(UserError, match="names --lora 'one.safetensors:0.5'; add these options, or --trust"):
+        run("--from-image", "half.png", "--out", "again.png")
+    run("--from-image", "half.png", "--trust", "--out", "again.png")
+    assert np.array_equal(pixels("half.png"), pixels("again.png"))
+    lora_file("one.safetensors", more=torch.zeros(1))
+    with pytest.raises(UserError, match="one.safetensors has changed since"):
+        run("--from-image", "half.png", "--trust", "--out", "again.png")
+
+    capsys.readouterr()
+    run(*asked, "--quantize", "int8", "--lora", "one.safetensors:0.5", "--out", "half8.png")
+    assert (
+        "one.safetensors:0.5 (1 layers fused, 2 as adapters)" in capsys.readouterr().out
+    )  # the timestep's layer is not in 8 bits
+    half8 = pixels("half8.png").astype(int)
+    assert abs(half8 - half).mean() < 0.5 * abs(half - plain).mean()
+
+
+@pytest.mark.parametrize(("file", "words"), [
+    ("gone.safetensors", "--lora gone.safetensors does not exist"),
+    ("model.safetensors", "--lora model.safetensors is not a LoRA"),
+    ("bad.safetensors", "--lora can't be used: bad.safetensors"),
+    ("ok.safetensors:1e9", "--lora has a scale from"),
+])  # fmt: skip
+def test_loras_that_are_none(run, monkeypatch, file, words):
+    save_file({"layers.0.attention.to_q.weight": torch.zeros(2, 2)}, "model.safetensors")
+    Path("bad.safetensors").write_bytes(b"no")
+    monkeypatch.setattr(session.Session, "load", lambda *_: pytest.fail("loaded before it was checked"))
+    with pytest.raises(UserError, match=words):
+        run("a", "--res", 32, "--lora", file)
 
 
 def test_image_to_image(run):

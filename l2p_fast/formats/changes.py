@@ -179,13 +179,13 @@ class Change(nn.Module):
         return self.excess.float(), (1 + self.excess.float()) * self.kind.delta()
 
     @torch.no_grad()
-    def merged(self, weight: Tensor, scale: float) -> Tensor:
-        """The weight of the layer that has it at strength ``scale``, fp32."""
+    def added(self, weight: Tensor, scale: float) -> Tensor:
+        """What strength ``scale`` adds to the weight of the layer that it lies over, fp32."""
         flat = weight.float().view(len(weight), -1)
         change = self.to(flat.device)
         change.settle(flat)
         gain, delta = change.terms()
-        return (flat + scale * (gain * flat + delta)).view(weight.shape)
+        return (scale * (gain * flat + delta)).view(weight.shape)
 
     def forward(self, x: Tensor, multiply: nn.Module) -> Tensor:
         """What it adds at strength 1 to the output for ``x``; ``multiply`` is the layer that it lies over."""

@@ -42,6 +42,7 @@ _LEAVES = tuple(
     )
 )
 _REFUSED = re.compile(r"\.(hada_t[12]|lokr_t[12]|lora_mid|b?oft_\w+)\b")  # without them the rest means something else
+CONFIG = "adapter_config.json"
 _UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 _OTHER_PARTS = re.compile(r"(text_encoders?\d*|conditioner|vae|first_stage_model)\.|(lora_|lycoris_)?te\d?_|lora_text_")
 _KINDS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # PEFT's, and what each calls alpha
@@ -122,10 +123,24 @@ def _strength(checkpoint: Checkpoint) -> _Strength:
         # A pipeline's file holds one for each component.
         own = {key.removeprefix("transformer."): v for key, v in found.items() if key.startswith("transformer.")}
         return _Strength(own or found, f"{path}: its lora_adapter_metadata")
-    beside = path / "adapter_config.json"
-    if path.is_file() and path.name == "adapter_model.safetensors":
-        beside = path.with_name("adapter_config.json")
+    beside = _config_of(path)
     return _Strength(load_json(beside) if beside.is_file() else {}, str(beside))
+
+
+def _config_of(path: Path) -> Path:
+    """Where PEFT writes an adapter's configuration."""
+    return path.with_name(CONFIG) if path.name == "adapter_model.safetensors" else path / CONFIG
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The files that an adapter's ``path`` is read from, sorted.
+
+    Raises:
+        UserError: see `Checkpoint`.
+    """
+    found = {where.file for where in Checkpoint(path).tensors.values()}
+    beside = _config_of(Path(path))
+    return sorted(found | ({beside} if beside.is_file() else set()))
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------

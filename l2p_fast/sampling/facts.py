@@ -8,10 +8,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FieldError
+from ..errors import FieldError, UserError
 from ..files import near_path
-from ..formats.checkpoint import patch_size_of
+from ..formats.checkpoint import Checkpoint, patch_size_of
 from ..variants import NATIVE_TOKENS, OF_PATCH
+from .request import Lora
 
 WEIGHTS = Path(__file__).parents[1] / "weights"  # the bundled pipeline folders
 BUNDLED = {"tiny-1k": 16, "tiny-4k": 64}  # name -> patch size
@@ -94,6 +95,27 @@ def check_memory(height: int, width: int, multiple: int) -> None:
             f"{max(height, width)} asks for an image of {height * width * BYTES_A_PIXEL / 1e9:.0f} GB, and this "
             f"machine has {memory / 1e9:.0f} GB; {fits} x {fits} would fit",
         )
+
+
+def check_lora(lora: Lora) -> None:
+    """That the file is there and holds a LoRA, by its header; whether it fits the model shows when it is loaded.
+
+    Raises:
+        FieldError: it doesn't.
+    """
+    path = Path(lora.file)
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # too long, or not a path at all
+        there = False
+    if not there:
+        raise FieldError("lora", f"{lora.file} does not exist{near_path(lora.file)}")
+    try:
+        found = Checkpoint(path)
+    except UserError as error:
+        raise FieldError("lora", f"can't be used: {error}") from error
+    if not found.is_lora:
+        raise FieldError("lora", f"{lora.file} is not a LoRA; a whole model goes to {{model}}")
 
 
 def check_text_encoder(name: str | None, model: ModelFacts) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import FieldError, UserError
 from ..files import near_path
 from .drawing import FORMATS, SUFFIXES, read_settings
-from .request import RANGES, Request
+from .request import RANGES, Lora, Request, Setup
 
 LARGEST_FILE = 1 << 28  # bytes of a file of prompts
 
@@ -137,8 +137,9 @@ def check_writable(path: Path) -> None:
         raise FieldError("out", f"{path} is a folder; choose another name")
 
 
-def is_finished(job: Job, any_seed: bool) -> bool:
-    """Whether the job's file holds an image of its request: what the request names was so when it was drawn.
+def is_finished(job: Job, setup: Setup, any_seed: bool) -> bool:
+    """Whether the job's file holds an image of its request: what the request names was so when it was drawn, and so
+    were the LoRAs.
 
     ``any_seed``: the seeds were drawn at random, so they need not agree.
     """
@@ -152,4 +153,8 @@ def is_finished(job: Job, any_seed: bool) -> bool:
     del asked["cfg_batch"]  # how it is drawn, not what
     if any_seed:
         del asked["seed"]
-    return all(settings.get(name) == value for name, value in asked.items())
+    try:
+        loras = list(map(str, map(Lora.of, settings.get("lora") or [])))
+    except (FieldError, TypeError):
+        return False
+    return loras == list(map(str, setup.lora)) and all(settings.get(name) == value for name, value in asked.items())

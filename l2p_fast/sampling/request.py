@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import FieldError, UserError
 from ..models import attention as backends
@@ -43,6 +43,7 @@ RANGES: dict[str, Range] = {
     "head_memory_mb": Range(0, 1e9, 256, above=True),
     "num_images": Range(1, 100_000, 1),
 }
+LARGEST_LORA, MOST_LORAS = 100, 100  # scale, and how many
 LONGEST_PROMPT = 100_000  # characters; the model reads the first 512 tokens
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"} | {
     name: name for name in ("auto", "bfloat16", "float32", "float16")
@@ -126,7 +127,8 @@ class _Fields:
         for name in cls.field_names():
             if name not in values:
                 continue
-            value, kind = values[name], get_args(kinds[name]) or (kinds[name],)
+            several = get_origin(kinds[name]) is tuple
+            value, kind = values[name], (list, tuple) if several else get_args(kinds[name]) or (kinds[name],)
             if float in kind and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value) if abs(value) < 2**53 else math.inf
             if not isinstance(value, kind) or isinstance(value, bool) and bool not in kind:
@@ -188,12 +190,68 @@ class Request(_Fields):
 
 
 @dataclass(frozen=True)
+class Lora(_Fields):
+    """A LoRA, LoHa, LoKr or DoRA over the model.
+
+    Attributes:
+        file: its .safetensors file, or a folder with one.
+        scale: its strength; 1 is the file's own, 0 none.
+        sha256: of the file, in hexadecimal digits, when it must not have changed since.
+
+    Raises:
+        FieldError: a value that can't be.
+    """
+
+    file: str
+    scale: float = 1.0
+    sha256: str | None = None
+
+    def __post_init__(self):
+        if not self.file or "\0" in self.file or len(self.file) > 4096:
+            raise FieldError("lora", f"is not a path: {self.file[:60]!r}")
+        if not abs(self.scale) <= LARGEST_LORA:
+            raise FieldError("lora", f"has a scale from -{LARGEST_LORA} to {LARGEST_LORA}, got {self.scale}; try 1")
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise FieldError("lora", f"has a damaged sha256: {self.sha256[:80]!r}")
+
+    @classmethod
+    def of(cls, value: Any) -> Lora:
+        """One from plain values, or from ``FILE`` or ``FILE:SCALE``.
+
+        Raises:
+            FieldError: a value that can't be.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            file, _, scale = value.rpartition(":")
+            try:
+                return cls(file, float(scale)) if file else cls(value)
+            except ValueError as error:  # a colon of the path
+                if isinstance(error, FieldError):
+                    raise
+                return cls(value)
+        if not isinstance(value, Mapping):
+            raise FieldError("lora", f"is {str(value)[:60]!r}, not FILE or FILE:SCALE")
+        try:
+            return cls.from_dict(value)
+        except FieldError as error:
+            raise FieldError(
+                "lora", f"{error.field} {error.problem}" if error.field != "lora" else error.problem
+            ) from None
+
+    def __str__(self) -> str:
+        return self.file if self.scale == 1 and ":" not in self.file else f"{self.file}:{self.scale}"
+
+
+@dataclass(frozen=True)
 class Setup(_Fields):
     """Which model draws, and how it runs.
 
     Attributes:
         model: checkpoint file, folder or pipeline folder; tiny-1k or tiny-4k for a bundled model; None: a bundled one.
         text_encoder: folder or hub id with text_encoder/ and tokenizer/; None: the pipeline folder's own.
+        lora: LoRAs over the model, as `Lora` or as text, ``FILE`` or ``FILE:SCALE``.
         dtype: bfloat16, float32, float16 (or bf16, fp32, fp16), or auto: the checkpoint's own, where that is fast.
         device: cpu, cuda, cuda:N, mps, xpu, or auto: a GPU if there is one.
         attention: a backend of `models.attention.BACKENDS`, or auto: the fastest of those installed.
@@ -208,6 +266,7 @@ class Setup(_Fields):
 
     model: str | None = None
     text_encoder: str | None = None
+    lora: tuple[Lora, ...] = ()
     dtype: str = "auto"
     device: str = "auto"
     attention: str = "auto"
@@ -220,6 +279,11 @@ class Setup(_Fields):
         for name, text in (("model", self.model), ("text_encoder", self.text_encoder)):
             if text is not None and ("\0" in text or len(text) > 4096):
                 raise FieldError(name, f"is not a path: {text[:60]!r}")
+        given = [self.lora] if isinstance(self.lora, str) else list(self.lora)
+        given = [] if given == ["none"] else given
+        if len(given) > MOST_LORAS:
+            raise FieldError("lora", f"is given {len(given)} times; at most {MOST_LORAS} are taken")
+        object.__setattr__(self, "lora", tuple(map(Lora.of, given)))
         object.__setattr__(self, "dtype", DTYPES[choose("dtype", self.dtype, DTYPES)])
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,4})?", self.device):
             raise FieldError("device", f"must be auto, cpu, cuda, cuda:N, mps or xpu, got {self.device!r}; try auto")

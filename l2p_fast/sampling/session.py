@@ -21,13 +21,15 @@ from transformers.utils import logging as transformers_logging
 
 from .. import __version__, ops
 from ..errors import FieldError
+from ..formats.lora import files_of
+from ..loading import load_loras
 from ..models import attention
 from ..quantize import products
 from ..variants import OF_PATCH
 from .drawing import Drawing, read_image
-from .facts import check_text_encoder, find_model
+from .facts import check_lora, check_text_encoder, find_model
 from .pipeline import L2PPipeline, load_pipeline
-from .request import Request, Setup, check_size
+from .request import Lora, Request, Setup, check_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,6 +94,7 @@ class Session:
         """
         facts = find_model(setup.model, size)
         check_text_encoder(setup.text_encoder, facts)
+        setup = replace(setup, lora=tuple(map(_identified, setup.lora)))
         device = _pick_device(setup)
         dtype, why = _pick_dtype(setup.dtype, device)
         diffusers_logging.disable_progress_bar()
@@ -105,14 +108,15 @@ class Session:
             pipe.transformer.head.memory_mb = setup.head_memory_mb
         if quantize:
             why += f", blocks in {quantize} (weights {products.weight_error(pipe.transformer):.1%} off)"
+        count = sum(p.numel() for p in pipe.transformer.parameters())
+        count += sum(b.numel() for n, b in pipe.transformer.named_buffers() if n.endswith(".weight"))  # in 8 bits
+        counts = load_loras(pipe.transformer, [(lora.file, lora.scale) for lora in setup.lora]) if setup.lora else []
         if setup.compile:
             pipe.transformer.compile_repeated_blocks()
         if setup.offload == "model":
             pipe.enable_model_cpu_offload(device=device)
         elif setup.offload == "sequential":
             pipe.enable_sequential_cpu_offload(device=device)
-        count = sum(p.numel() for p in pipe.transformer.parameters())
-        count += sum(b.numel() for n, b in pipe.transformer.named_buffers() if n.endswith(".weight"))  # in 8 bits
         words = f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         kind = str(pipe.transformer.dtype).removeprefix("torch.")
@@ -123,6 +127,8 @@ class Session:
             f"extension  {ops.extension_status()}",
             f"head       {'kernels' if obstacle is None else f'the library, without kernels: {obstacle}'}",
         ]
+        for lora, (merged, over) in zip(setup.lora, counts, strict=True):
+            report.append(f"lora       {lora} ({merged} layers fused, {over} as adapters)")
         setup = replace(setup, model=facts.name, device=str(device), dtype=kind)
         return cls(pipe, setup, facts.name, report=report)
 
@@ -242,6 +248,20 @@ class Session:
             return "unknown on this system"
         unit = 1 if sys.platform == "darwin" else 1024
         return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB (process)"
+
+
+def _identified(lora: Lora) -> Lora:
+    """``lora`` with its digest: the file's, or that of the digests of several.
+
+    Raises:
+        FieldError: it isn't there, is none, or is another than the one whose digest it has.
+    """
+    check_lora(lora)
+    digests = [file_digest(str(file)) for file in files_of(lora.file)]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    if lora.sha256 not in (None, digest):
+        raise FieldError("lora", f"{lora.file} has changed since; give the one of that time")
+    return replace(lora, sha256=digest)
 
 
 def file_digest(path: str) -> str:
