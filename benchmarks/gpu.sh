@@ -75,7 +75,7 @@ print(f"{major}.{minor}" + ("a" if major == 9 else ""))')}"
   tests=(tests/test_*ops.py tests/test_detailer.py)
 else
   name=dry-run
-  export L2P_BUILD=cpu
+  export L2P_BUILD="${L2P_BUILD:-cpu}"
   # Aside: a dry run leaves the CUDA kernels of this folder as they are.
   sizes=(--scale quick) kernels="loaded" to=(--build-lib "$work/build" --build-temp "$work/build")
   tests=(tests/test_update_ops.py)

@@ -256,6 +256,7 @@ def test_gpu_script_on_a_bare_machine(tmp_path):
     root = Path(measure.__file__).parents[1]
     settings = {"PYTHONPATH": str(blocked.parent), "L2P_BENCH_DEVICE": "cpu", "L2P_BENCH_SECONDS": "60"}
     settings |= {"OUT": str(out), "L2P_BENCH_RESULTS": str(out / "results"), "PYTHON": sys.executable}
+    settings |= {"L2P_BUILD": "skip"}  # takes minutes; test_build.py has that
     command = ["bash", str(root / "benchmarks" / "gpu.sh"), "-k", "head and 1K or lowbit and step"]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=400)
     found = json.loads((out / "gpu.json").read_text())
