@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from l2p_fast.files import atomic_path
+from l2p_fast.ops import cpu_has_fast_bf16
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,9 +49,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) with their singular values brought near 1, by five Newton-Schulz steps in bf16."""
+    """Matrices (n, rows, columns) with their singular values brought near 1, by five Newton-Schulz steps."""
     tall = x.shape[1] > x.shape[2]
-    y = (x.mT if tall else x).bfloat16()
+    y = x.mT if tall else x
+    if y.is_cuda or cpu_has_fast_bf16():
+        y = y.bfloat16()
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = y @ y.mT
