@@ -287,6 +287,24 @@ def test_coarse_start():
     assert [s[0] for s in seen] == ["full"] * 6
 
 
+def test_guidance_may_end_with_the_coarse_start(monkeypatch):
+    """A limit counts for the full size after a coarse start, and for nothing else."""
+    pipe = tiny_pipeline(coarse_size=2, coarse_strength=0.8, full_guidance_scale=1.0)
+    assert L2PPipeline(**pipe.components).config.full_guidance_scale == 1.0
+    rows, forward = [], type(pipe.transformer).forward
+
+    def note(self, pixels, *args, **kwargs):
+        rows.append((pixels.shape[-1], len(pixels)))
+        return forward(self, pixels, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", note)
+    pipe("a", height=48, width=48, num_inference_steps=4, guidance_scale=2.0)
+    assert rows == [(32, 2)] * 4 + [(48, 1)] * 2
+    rows.clear()
+    pipe("a", height=48, width=48, num_inference_steps=4, guidance_scale=2.0, coarse_size=0)
+    assert rows == [(48, 2)] * 4
+
+
 def test_progress_bar_shows_both_stages(capsys):
     pipe = tiny_pipeline(coarse_size=1)
     pipe.set_progress_bar_config(disable=False, mininterval=0)

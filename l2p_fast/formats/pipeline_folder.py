@@ -19,6 +19,7 @@ _DEFAULTS = {
     "default_guidance_scale": (float, 0, 1000),
     "coarse_size": (int, 0, 4096),
     "coarse_strength": (float, 0, 1),
+    "full_guidance_scale": (float, 0, 1000),
 }
 
 

@@ -118,6 +118,8 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         default_steps, default_guidance_scale: what `__call__` takes when not told; None: by the patch size.
         coarse_size: tokens of the longer side of the coarse start (see `__call__`); None: no coarse start.
         coarse_strength: sigma in (0, 1] at which the full-size run takes over from the coarse one.
+        full_guidance_scale: the most guidance at full size after a coarse start, which has decided what the image
+            shows; 1 halves the work there. None: no limit.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer"
@@ -134,6 +136,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         default_guidance_scale: float | None = None,
         coarse_size: int | None = None,
         coarse_strength: float | None = None,
+        full_guidance_scale: float | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -144,6 +147,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             default_guidance_scale=default_guidance_scale,
             coarse_size=coarse_size,
             coarse_strength=coarse_strength,
+            full_guidance_scale=full_guidance_scale,
         )
         self._interrupt = False
         self._run = _Run()
@@ -151,7 +155,9 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
     @property
     def components(self) -> dict[str, Any]:
         """Modules and defaults, so that ``L2PPipeline(**pipe.components)`` is the same pipeline."""
-        defaults = ("default_steps", "default_guidance_scale", "coarse_size", "coarse_strength")
+        defaults = (
+            "default_steps", "default_guidance_scale", "coarse_size", "coarse_strength", "full_guidance_scale",
+        )  # fmt: skip
         return super().components | {name: self.config[name] for name in defaults}
 
     @property
@@ -389,8 +395,15 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             coarse = coarse if first else None  # at sigma 1 nothing of a coarse image would be left
         run.num_timesteps = total - first + (total if coarse else 0)
 
+        limit = self.config.full_guidance_scale if coarse else None
+
         def stage(name: str, pixels: Tensor, begin: int, done: int) -> Tensor:
             run.stage = name
+
+            def scale() -> float:
+                limited = name == "full" and limit is not None
+                return min(run.guidance_scale, limit) if limited else run.guidance_scale
+
             scheduler = copy.deepcopy(self.scheduler)  # it counts its own steps, and keeps predictions
             times = 1 - set_schedule(scheduler, steps, shift, sigmas)[:-1]
             predict = Predictor(self.transformer, *caps, tuple(pixels.shape[-2:]), times, cfg_batch)
@@ -414,7 +427,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
                 return state
 
             try:
-                return denoise(predict, pixels, scheduler, lambda: run.guidance_scale, begin, on_step)
+                return denoise(predict, pixels, scheduler, scale, begin, on_step)
             finally:
                 run.cfg_batched = predict.cfg_batched
 
