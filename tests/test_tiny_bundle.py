@@ -14,6 +14,7 @@ from examples.tiny import bundle, flat, ldm
 from examples.tiny.autoencoder import PatchAutoencoder
 from examples.tiny.corpus import load_source, sample_source
 from examples.tiny.fit import orthogonal
+from l2p_fast.errors import UserError
 from l2p_fast.models.detailer import DetailerHead
 from l2p_fast.sampling.pipeline import load_pipeline
 
@@ -148,3 +149,12 @@ def test_from_nothing_to_a_bundle(tmp_path, monkeypatch):
     begun = ["ldm", "--folder", str(tmp_path / "again"), "--pictures", "4", "--minutes", "0.001"]
     command.main([*begun, "--start", str(tmp_path / "tiny-1k")])
     assert (tmp_path / "again" / "source").exists()
+    begun = ["bundle", "--folder", str(tmp_path / "again"), "--minutes", "1e-9", "--start"]
+    with pytest.raises(UserError, match="must be a model of patch 16, got patch 64"):
+        command.main([*begun, str(tmp_path / "tiny-4k")])
+    other = load_pipeline(tmp_path / "tiny-1k")
+    other.transformer.head.out_conv.bias.data.fill_(0.3)
+    other.save_pretrained(tmp_path / "other")
+    command.main([*begun, str(tmp_path / "other")])
+    bias = load_pipeline(tmp_path / "again" / "tiny-1k").transformer.head.out_conv.bias
+    assert (bias - 0.3).abs().max() < 0.05  # a new one begins at 0.8

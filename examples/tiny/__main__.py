@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     bundle = stages.add_parser("bundle", help="the source's transformer with a new head: the models of the package")
     bundle.add_argument("--patch-size", type=int, choices=(16, 64), default=16)
     bundle.add_argument("--minutes", type=float, default=45, help="training time of the head (default 45)")
+    bundle.add_argument("--start", type=Path, help="pixel model whose head to begin from (default: none)")
     score = stages.add_parser("score", help="measure renderer, source and pixel models on the fixed prompts")
     score.add_argument("--per-task", type=int, default=40, help="prompts of each of the six tasks (default 40)")
     score.add_argument(
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.stage == "bundle":
         from . import bundle
 
-        bundle.run(args.folder, device, args.patch_size, args.minutes)
+        bundle.run(args.folder, device, args.patch_size, args.minutes, args.start)
     elif args.stage == "ablate":
         from . import ablate
 

@@ -177,8 +177,11 @@ def draw_sample(recipe: Recipe, patch_size: int, seed: int) -> Sample:
     )  # fmt: skip
 
 
-def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> None:
-    """Train ``folder/tiny-1k`` or ``folder/tiny-4k``, a pipeline folder in bf16, from ``folder/source``."""
+def run(folder: Path, device: torch.device, patch_size: int, minutes: float, start: Path | None = None) -> None:
+    """Train ``folder/tiny-1k`` or ``folder/tiny-4k``, a pipeline folder in bf16, from ``folder/source``.
+
+    The head begins new, or as that of the pixel model ``start``.
+    """
     result, recipe = folder / FOLDERS[patch_size], RECIPES[patch_size]
     if result.exists():
         return
@@ -205,6 +208,11 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float) -> 
         return torch.stack(cut)
 
     head, teacher, seen = model.head, None, []
+    if start is not None:
+        given = L2PTransformer2DModel.from_pretrained(start / "transformer", dtype=torch.float32)
+        if given.patch_size != patch_size:
+            raise UserError(f"--start must be a model of patch {patch_size}, got patch {given.patch_size}")
+        head.load_state_dict(given.head.state_dict())
     if patch_size > READ_PATCH:
         begun = folder / FOLDERS[READ_PATCH] / "transformer"
         if not begun.exists():
