@@ -66,7 +66,7 @@ RECIPES = {
     64: Recipe(0.375, {512: 0.6, 1024: 0.1, 2048: 0.1, 4096: 0.2}, crop=256, batch=4, shift=16.0, steps=24),
 }
 FOLDERS = {16: "tiny-1k", 64: "tiny-4k"}
-GUIDANCE, COARSE_STRENGTH = 1.7, 0.8
+GUIDANCE, COARSE_STRENGTH, FULL_GUIDANCE = 1.7, 0.8, 1.0
 RATE = 1.5e-3
 X0_FLOOR = 0.05
 INNER = ("enc2", "enc3", "enc4", "bottleneck", "up4", "dec4", "up3", "dec3", "up2", "dec2", "up1")
@@ -246,6 +246,7 @@ def run(folder: Path, device: torch.device, patch_size: int, minutes: float, sta
         transformer=model.cpu().to(torch.bfloat16), text_encoder=source.text_encoder.cpu().to(torch.bfloat16),
         tokenizer=source.tokenizer, scheduler=make_scheduler(recipe.shift), default_steps=recipe.steps,
         default_guidance_scale=GUIDANCE, coarse_size=TOKENS, coarse_strength=COARSE_STRENGTH,
+        full_guidance_scale=FULL_GUIDANCE,
     )  # fmt: skip
     with atomic_path(result) as temporary:
         pipeline.save_pretrained(temporary)
