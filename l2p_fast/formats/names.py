@@ -36,6 +36,11 @@ _OURS = [
 ]
 
 
+def plain_name(name: str) -> str:
+    """The name of a parameter or module as it is without adapters of PEFT's over it."""
+    return name.replace(".base_layer", "")
+
+
 def strip_prefix(name: str) -> str:
     """``name`` without the wrappers around it."""
     for prefix in PREFIXES:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError, few
 from ..formats.changes import Change, Pair
+from ..formats.names import plain_name
 from ..formats.shapes import HEAD
-
-WITHIN = "base_layer"  # what PEFT calls the layer that an adapter lies over
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -162,6 +161,11 @@ def put_weight(module: nn.Module, weight: Tensor) -> None:
         module.weight.data.copy_(weight)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer is."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
 def is_rounded(module: nn.Module) -> bool:
     """Whether a layer's weight has fewer than 16 bits."""
     weight = getattr(module, "weight", None)
@@ -181,11 +185,6 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 # --- A model with adapters -------------------------------------------------------------------------------------------
-def plain_name(name: str) -> str:
-    """The name of a parameter or module as it is without adapters over it."""
-    return name.replace(f".{WITHIN}", "")
-
-
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's own parameters by name, also where weights lie in few bits or below adapters."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -193,7 +192,8 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith(tuple(own))}
     for name, module in model.named_modules():
         if hasattr(module, "weight_in"):
-            shapes[f"{name}.weight"] = tuple(getattr(module, "shape", None) or module.weight.shape)
+            own = hasattr(module, "in_features")
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features) if own else tuple(module.shape)
     return {plain_name(name): shape for name, shape in shapes.items()}
 
 
@@ -223,8 +223,7 @@ def add_adapter(model: nn.Module, changes: Mapping[str, Change], name: str) -> N
         if not isinstance(layer, AdapterLayer):
             layer = AdapterLayer(layer)
             model.set_submodule(module_name, layer)
-        device = next(itertools.chain(layer.base_layer.parameters(), layer.base_layer.buffers())).device
-        layer.add(name, change.to(device))
+        layer.add(name, change.to(device_of(layer.base_layer)))
         for part in AdapterLayer.adapter_layer_names:
             if name in (held := getattr(layer, part)):
                 held[name].to(dtype=model.dtype)

@@ -1,4 +1,4 @@
-"""The model of a run: frozen, quantized, checkpointed, sharded, loaded; in this order."""
+"""The model of a run: frozen, quantized, with LoRA over it, checkpointed, sharded, loaded; in this order."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..formats.checkpoint import Checkpoint
+from ..formats.names import plain_name
 from ..loading import load_model
 from ..models.zimage import L2PTransformer2DModel, build_empty
 from ..quantize.frozen import quantize_frozen
 from .config import Config
 from .freeze import freeze
+from .pairs import add_pairs, start, targets
 from .parallel import DTYPES, Workers, broadcast, load_sharded, shard
 
 
@@ -41,26 +43,35 @@ def build(config: Config, workers: Workers) -> tuple[L2PTransformer2DModel, dict
     dtype, bits = DTYPES[config.model.weights], config.model.frozen_bits
     if not config.parallel.fsdp:
         model = load_model(config.model.base, dtype, workers.device)
-        freeze(model, config.freeze)
+        freeze(model, config.freeze, bool(config.lora.rank))
+        pairs = targets(model, config.lora)
         _quantize(model, bits, lambda _, parameter: parameter)
     else:
         base = Checkpoint(config.model.base)
         model = nn.Module.to(build_empty(base.model_config()), dtype)  # diffusers' own warns, whatever the model
         base.compare({key: tuple(value.shape) for key, value in model.state_dict().items()})
-        freeze(model, config.freeze)
+        freeze(model, config.freeze, bool(config.lora.rank))
+        pairs = targets(model, config.lora)
 
         def read(name: str, parameter: Tensor) -> Tensor:
             value = base.tensor(name, dtype) if workers.first else None
             return broadcast(tuple(parameter.shape), dtype, value, workers)
 
         _quantize(model, bits, read)
+    add_pairs(model, pairs, config, dtype)
     model.head.memory_mb = config.memory.head_mb
     if config.memory.checkpointing:
         model.enable_gradient_checkpointing(_checkpointing(config.memory.offload_checkpoints, workers.device))
     if config.parallel.fsdp:
         shard(model, config, workers)
-        load_sharded(model, lambda name: base.tensor(name, dtype), workers)
-    return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+        def value(name: str) -> Tensor:
+            first = start(plain_name(name), shapes[name], config.seed)
+            return base.tensor(plain_name(name), dtype) if first is None else first
+
+        load_sharded(model, value, workers)
+    return model, {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:

@@ -35,10 +35,24 @@ class ModelConfig:
 
 @dataclass
 class FreezeConfig:
-    """What is trained: a name of `freeze.POLICIES`, or a list of parameter name patterns."""
+    """What is trained in full: a name of `freeze.POLICIES`, or a list of parameter name patterns."""
 
-    policy: str | list[str] = "published"
+    policy: str | list[str] = ""  # empty: published, but none with lora.rank
     n: int = 5  # trained blocks at each end
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank pairs over frozen linear layers, trained beside what `FreezeConfig` names."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 0.0  # strength x rank; 0: the rank
+    targets: list[str] = field(
+        default_factory=lambda: [
+            "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
+            "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+        ]
+    )  # patterns of layers' names, or of their ends
 
 
 @dataclass
@@ -142,6 +156,7 @@ class Config:
     keep: int = 2  # checkpoints
     model: ModelConfig = field(default_factory=ModelConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -150,13 +165,17 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self):
+        if self.freeze.policy == "":
+            self.freeze.policy = "none" if self.lora.rank else "published"
+
 
 ABOVE_ZERO = None
 # The lowest and the highest value of every number; a list's place is a star.
 BOUNDS: dict[str, tuple[float | None, float]] = {
     "steps": (1, 99_999_999), "minutes": (0, 1e7), "accumulation": (1, 65536), "seed": (-(2**63), 2**64 - 1),
     "save_every": (1, 99_999_999), "keep": (1, 10_000),
-    "model.patch_size": (1, 1024), "freeze.n": (0, 10_000),
+    "model.patch_size": (1, 1024), "freeze.n": (0, 10_000), "lora.rank": (0, 65536), "lora.alpha": (0, 1e6),
     "objective.grid": (1, 1_000_000), "objective.shift": (ABOVE_ZERO, 1000), "objective.mean": (-100, 100),
     "objective.std": (ABOVE_ZERO, 100), "objective.uniform_share": (0, 1), "objective.pyramid": (0, 1e6),
     "data.grids.*.tokens": (1, 2**20), "data.grids.*.batch": (1, 65536), "data.grids.*.share": (ABOVE_ZERO, 1e6),
@@ -305,6 +324,8 @@ def check(config: Config) -> None:
             raise UserError(f"{name} {wanted}, got {_short(repr(value))}")
     if not config.data.grids:
         raise UserError("data.grids is empty; give at least one, as in data.grids='[{tokens: 4096, batch: 8}]'")
+    if config.lora.rank and not config.lora.targets:
+        raise UserError("lora.targets is empty; name layers, as in lora.targets='[attention.to_q, attention.to_v]'")
     if len(config.optim.betas) != 2:
         raise UserError(f"optim.betas must be two numbers in [0, 1), got {len(config.optim.betas)}")
     if config.optim.fused and config.accumulation > 1:

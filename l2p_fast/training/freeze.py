@@ -3,6 +3,8 @@
     paper       what a pixel model has of its own, and the first and last n blocks of the main stack
     published   all but the blocks between
     full        everything
+    pixels      what a pixel model has of its own
+    none        nothing: for a LoRA alone
 
 The main stack is the model's last one. In a pattern ``{first}`` stands for each of its first n blocks, ``{last}`` for
 each of its last n; ``*`` and ``[0-4]`` are the shell's.
@@ -16,7 +18,7 @@ from ..errors import UserError
 from ..models.zimage import L2PTransformer2DModel
 from .config import FreezeConfig
 
-POLICIES = ("paper", "published", "full")
+POLICIES = ("paper", "published", "full", "pixels", "none")
 
 
 def patterns(config: FreezeConfig, model: L2PTransformer2DModel) -> list[str]:
@@ -33,9 +35,11 @@ def patterns(config: FreezeConfig, model: L2PTransformer2DModel) -> list[str]:
             raise UserError(
                 f"freeze.policy must be one of {', '.join(POLICIES)} or a list of parameter patterns, got {chosen!r}"
             )
-        ends = [f"{part}*" for part in model.pixel_parts] + [f"{stack}.{{first}}.*", f"{stack}.{{last}}.*"]
+        own = [f"{part}*" for part in model.pixel_parts]
+        ends = [*own, f"{stack}.{{first}}.*", f"{stack}.{{last}}.*"]
         rest = [name for name, _ in model.named_parameters() if not name.startswith(f"{stack}.")]
-        chosen = {"paper": ends, "published": [*ends, *rest], "full": ["*"]}[chosen]
+        lists = {"paper": ends, "published": [*ends, *rest], "full": ["*"], "pixels": own, "none": []}
+        chosen = lists[chosen]
     count = int(number) + 1
     n = min(config.n, count)
     places = {"{first}": range(n), "{last}": range(count - n, count)}
@@ -46,11 +50,11 @@ def patterns(config: FreezeConfig, model: L2PTransformer2DModel) -> list[str]:
     return filled
 
 
-def freeze(model: L2PTransformer2DModel, config: FreezeConfig) -> list[str]:
+def freeze(model: L2PTransformer2DModel, config: FreezeConfig, beside_lora: bool = False) -> list[str]:
     """Set ``requires_grad`` of every parameter; returns the names of the trained ones.
 
     Raises:
-        UserError: an unknown policy, or a pattern that fits no parameter.
+        UserError: an unknown policy, a pattern that fits no parameter, or nothing to train (but ``beside_lora``).
     """
     wanted = patterns(config, model)
     names = [name for name, _ in model.named_parameters()]
@@ -58,8 +62,8 @@ def freeze(model: L2PTransformer2DModel, config: FreezeConfig) -> list[str]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"freeze.policy: no parameter is called {pattern}; names look like {names[-1]}")
     trained = {name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)}
-    if not trained:
-        raise UserError("freeze.policy leaves nothing to train")
+    if not trained and not beside_lora:
+        raise UserError("freeze.policy leaves nothing to train; give another, or lora.rank")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     return [name for name in names if name in trained]

@@ -18,23 +18,23 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..formats.values import is_finite
-from ..formats.write import write_pieces
 from ..models.zimage import L2PTransformer2DModel
 from . import state as checkpoints
 from .build import autocast, build, check_base
-from .config import Config, as_dict, write_config
+from .config import Config, LoraConfig, as_dict, write_config
 from .data import Batch, Features, Stream, TrainingImage, list_images, make_buckets, make_features
 from .ema import EMA
 from .monitor import Monitor, free_memory
 from .objective import SIGMA_BUCKETS, losses
 from .optim import AdamW
+from .pairs import write_trained
 from .parallel import Workers, local, replicas
 from .run import RunFolder
 from .sheets import Sheets
 from .state import RunState
 
 # A checkpoint can only go on under the settings that gave its tensors their meaning.
-FIXED = ("seed", "model.base", "model.weights", "freeze", "optim.kind", "optim.rounding", "ema.decay", "data.path",
+FIXED = ("seed", "model.base", "model.weights", "freeze", "lora", "optim.kind", "optim.rounding", "ema.decay", "data.path",
          "data.layout", "data.max_aspect")  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
         kept = f"step {saved} is saved" if saved >= 0 else "nothing is saved yet"
         monitor.say(f"stopped by a signal; {kept}, the same command goes on")
     elif workers.first:
-        export(run, average)
+        export(run, average, config.lora)
     return not halt.agreed
 
 
@@ -278,7 +278,7 @@ def check_same(config: Config, other: Mapping, place: Path) -> None:
     """Refuse a checkpoint whose tensors mean something else under this configuration."""
     ours = as_dict(config)
     for key in FIXED:
-        here, there = ours, other
+        here, there = ours, {"lora": as_dict(LoraConfig()), **other}  # older ones name none
         for part in key.split("."):
             here, there = here[part], there.get(part) if isinstance(there, Mapping) else None
         if here != there:
@@ -303,12 +303,12 @@ def last_good(run: RunFolder) -> str:
     return f"the last good checkpoint is {last}" if last else "no checkpoint was saved"
 
 
-def export(run: RunFolder, average: EMA) -> None:
-    """Write the trained tensors alone (`l2p_fast.convert merge` puts them over the base), averaged ones beside them."""
+def export(run: RunFolder, average: EMA, config: LoraConfig) -> None:
+    """Write the trained tensors and pairs (`l2p_fast.convert merge` puts them over the base), averaged ones beside."""
     last = run.last()
     if last is None:
         raise UserError("no step had a finite loss and gradient: nothing is saved; lower optim.lr, or set optim.clip")
-    for name, averaged in (("trained", False), ("trained-ema", True)):
+    for ending, averaged in (("", False), ("-ema", True)):
         if not averaged or average.average:
             held = checkpoints.TrainedTensors(last, averaged)
-            write_pieces({key: held.piece(key) for key in held.shapes}, run.path / f"{name}.safetensors")
+            write_trained({key: held.piece(key) for key in held.shapes}, config, run.path, ending)

@@ -22,6 +22,7 @@ from .config import Config, GridConfig
 from .data import shapes_of
 from .freeze import freeze, groups
 from .optim import CHUNK, state_bytes
+from .pairs import add_pairs, kept_bytes, targets
 from .parallel import DTYPES
 
 TEXT_TOKENS = 512  # the longest prompt
@@ -97,6 +98,12 @@ def _activations(config: Config, model: L2PTransformer2DModel, grid: GridConfig,
         block = largest * (per_value + temporary)
     else:
         kept, block = values * per_value, largest * temporary
+    tokens_seen = [batch * count for count in model.block_tokens(tokens, TEXT_TOKENS)]
+    pairs = kept_bytes(model, config.lora, tokens_seen, dtype)
+    if config.memory.checkpointing:
+        block += max(pairs)
+    else:
+        kept += sum(pairs)
     step = model.size_multiple // model.patch_size
     h, w = shapes_of(tokens, config.data.max_aspect, step)[0]
     images = PIXEL_TENSORS * 4 * 3 * batch * h * w * model.patch_size**2
@@ -150,10 +157,16 @@ def plan(config: Config, processes: int = 1, device_gb: float | None = None) -> 
     else:
         model, what = build_empty({"all_patch_size": (patch,)}), f"the published one of patch {patch}"
         what += f" ({path} is not there)" if path else ""
-    trained = set(freeze(model, config.freeze))
+    freeze(model, config.freeze, bool(config.lora.rank))
+    adapted = targets(model, config.lora)
+    add_pairs(model, adapted, config, DTYPES[config.model.weights])
     sizes = {name: p.numel() for name, p in model.named_parameters()}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    how = f"{config.freeze.policy}, n = {config.freeze.n}"
+    if adapted:
+        how = f"LoRA of rank {config.lora.rank} over {len(adapted)} layers; in full: {how}"
     lines = [f"model      {what}: {_count(sum(sizes.values()))} parameters",
-             f"trained    {_count(sum(sizes[n] for n in trained))}: {config.freeze.policy}, n = {config.freeze.n}",
+             f"trained    {_count(sum(sizes[n] for n in trained))}: {how}",
              f"{'':11}{'group':<18}{'trained':>12}{'frozen':>12}"]  # fmt: skip
     for group, names in groups(list(sizes)).items():
         counts = [sum(sizes[n] for n in names if (n in trained) == yes) for yes in (True, False)]
