@@ -1,8 +1,7 @@
-"""``python -m l2p_fast.convert init | merge | export``: make checkpoints out of checkpoints.
+"""``python -m l2p_fast.convert init | merge | export | export-lora``: make checkpoints out of checkpoints.
 
 Everything is checked by names and shapes before the first byte is written, then streamed tensor by tensor: memory stays
-small whatever the model's size. Torch is loaded only for the writing. Left out: quantizing, and merging LoRAs
-(`load_lora` does that).
+small whatever the model's size. Torch is loaded only for the writing. Left out: quantizing.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import Parser, UserError, few, run_cli
 from .formats.checkpoint import Checkpoint
 from .formats.names import LAYOUTS
-from .formats.shapes import PIXEL_PARTS, misshapen, model_shapes
+from .formats.shapes import PIXEL_PARTS, model_shapes
+from .training.merging import LORA_LAYOUTS, lora_pieces, merged_pieces, open_trained
 from .variants import OF_PATCH, VARIANTS
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _EPILOG = """examples:
   python -m l2p_fast.convert init l2p-4k.safetensors --res 8k --out init-8k.safetensors
   python -m l2p_fast.convert merge trained.safetensors --base init-1k.safetensors --out model.safetensors
   python -m l2p_fast.convert export model.safetensors --layout comfyui --out model-comfy.safetensors
+  python -m l2p_fast.convert export-lora lora.safetensors --base model.safetensors --out lora-comfy.safetensors
 """
 
 
@@ -104,48 +105,32 @@ def init(args: argparse.Namespace) -> None:
     print(f"  total {_parameters(wanted, wanted):,} parameters")
 
 
-def _trained(path: str, ema: bool) -> tuple[Any, bool]:
-    """What a training gave, and whether it is one of its own checkpoints."""
-    if Path(path).is_dir():
-        from .training.state import TrainedTensors, is_training_checkpoint
-
-        if is_training_checkpoint(path):
-            return TrainedTensors(path, ema), True
-    if ema:
-        raise UserError(f"--ema goes with a checkpoint folder of a training run; {path} is none")
-    return Checkpoint(path), False
-
-
 def merge(args: argparse.Namespace) -> None:
-    """A trained delta over its base: equal keys are overwritten."""
-    delta, in_training = _trained(args.delta, args.ema)
+    """A trained delta or a LoRA over its base."""
     base = Checkpoint(args.base)
-    if delta.kind() == "lora":
-        raise UserError(f"{delta.path} is a LoRA; apply it with l2p_fast.load_lora(model, FILE)")
     wanted = model_shapes(base.l2p_config())
-    shapes = delta.shapes
-    unknown = [delta.tensors[key].name for key in shapes if key not in wanted]
-    wrong = misshapen(shapes, wanted)
-    for bad, problem in ((unknown, "not in the base"), (wrong, "misshapen")):
-        if bad:
-            raise UserError(
-                f"{delta.path}: {len(bad)} tensors are {problem} ({few(bad)}); "
-                "give the base it was trained from (same patch size)"
-            )
-    path = _prepare_out(args.out, args.overwrite, delta, base)
-    from .formats.write import Piece
-
-    dtype = _dtype(args.dtype)
-    pieces = {key: Piece.of_checkpoint(base, key, dtype) for key in wanted if key not in shapes}
-    pieces |= {
-        key: delta.piece(key, dtype) if in_training else Piece.of_checkpoint(delta, key, dtype) for key in shapes
-    }
-    _write(args, path, pieces, base.config | delta.config)
-    print(f"merge: {delta.path} over {base.path}")
-    print(_line("new", list(shapes), wanted))
-    print(_line("copied", [key for key in wanted if key not in shapes], wanted))
-    print(f"  skipped  {len(shapes):>5} tensors of the base, overwritten")
+    trained = open_trained(args.delta, args.ema, wanted)
+    path = _prepare_out(args.out, args.overwrite, trained.source, base)
+    pieces = merged_pieces(base, trained, wanted, args.scale, _dtype(args.dtype))
+    _write(args, path, pieces, base.config | trained.source.config)
+    changed = trained.changed(wanted)
+    print(f"merge: {trained.source.path} over {base.path}")
+    print(_line("new", trained.whole, wanted))
+    if changed:
+        print(_line("changed", changed, wanted))
+    print(_line("copied", [key for key in wanted if key not in {*trained.whole, *changed}], wanted))
+    print(f"  skipped  {len(trained.whole):>5} tensors of the base, overwritten")
     print(f"  total {_parameters(wanted, wanted):,} parameters")
+
+
+def export_lora(args: argparse.Namespace) -> None:
+    """A LoRA in another program's names."""
+    base = Checkpoint(args.base)
+    trained = open_trained(args.source, args.ema, model_shapes(base.l2p_config()))
+    path = _prepare_out(args.out, args.overwrite, trained.source)
+    pieces = lora_pieces(trained, args.layout, _dtype(args.dtype))
+    _write(argparse.Namespace(), path, pieces, {})
+    print(f"export-lora: {trained.source.path}, {len(trained.changes)} layers, in {args.layout}'s names")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -210,11 +195,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser(
         "merge",
         parents=[common],
-        help="a training output (only the trained tensors) + its base -> a whole checkpoint",
-        description="Overwrite the base's tensors with the trained ones of the same name. A trained tensor that the "
-        "base doesn't have, or has in another shape, is an error.",
+        help="a training output (only the trained tensors) or a LoRA + its base -> a whole checkpoint",
+        description="Overwrite the base's tensors with the trained ones of the same name, and add what a LoRA changes. "
+        "A trained tensor that the base doesn't have, or has in another shape, is an error.",
     )
-    sub.add_argument("delta", help="the trained tensors: a .safetensors file or folder, or a checkpoint of a training")
+    sub.add_argument("delta", help="trained tensors or a LoRA: a .safetensors file or folder; a training's checkpoint")
+    sub.add_argument("--scale", type=float, default=1.0, help="strength of a LoRA (default: 1)")
     sub.add_argument("--ema", action="store_true", help="take the averaged weights of the training's checkpoint")
     sub.add_argument("--base", required=True, help="the checkpoint that training started from")
     sub.set_defaults(run=merge)
@@ -233,6 +219,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="before every name of the comfyui layout, such as model.diffusion_model. (default: none)",
     )
     sub.set_defaults(run=export)
+
+    words = "a LoRA -> ComfyUI's names, ai-toolkit's or diffusers'"
+    sub = commands.add_parser("export-lora", parents=[common], help=words)
+    sub.add_argument("source", help="a LoRA of any layout, or a checkpoint of a training")
+    sub.add_argument("--ema", action="store_true", help="take the averaged weights of the training's checkpoint")
+    sub.add_argument("--base", required=True, help="the model it is for; only its header is read")
+    sub.add_argument("--layout", choices=LORA_LAYOUTS, default="comfyui", help="comfyui: fused qkv, short names")
+    sub.set_defaults(run=export_lora)
     return parser
 
 

@@ -10,6 +10,7 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from test_checkpoint import TINY, comfy, state_of, tiny
 
+from l2p_fast import load_lora
 from l2p_fast.convert import main
 from l2p_fast.errors import UserError
 from l2p_fast.formats.write import Piece, save_single_file, write_pieces
@@ -101,6 +102,35 @@ def test_merge(tmp_path, capsys):
     assert f"new      {len(delta):>5} tensors" in capsys.readouterr().out
     main([*args, "--dtype", "bfloat16", "--out", str(tmp_path / "b.safetensors")])
     assert {value.dtype for value in load_file(tmp_path / "b.safetensors").values()} == {torch.bfloat16}
+
+
+def test_merging_a_lora_is_loading_it(tmp_path):
+    """Any kind of change, at any strength, streamed; exporting keeps a fused pair's rank and refuses other kinds."""
+    base, path, out = (tmp_path / f"{name}.safetensors" for name in ("base", "lora", "out"))
+    save_single_file(tiny(), base, dtype=torch.float32)
+    stem, generator = "diffusion_model.layers.1.", torch.Generator().manual_seed(1)
+    shapes = {
+        "attention.qkv.lora_down.weight": (4, 64), "attention.qkv.lora_up.weight": (192, 4), "attention.qkv.alpha": (),
+    }  # fmt: skip
+    plain = {stem + name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(plain, path)
+    main(["export-lora", str(path), "--base", str(base), "--out", str(out)])
+    pair = load_file(out)
+    up, down = (pair[f"{stem}attention.qkv.lora_{x}.weight"] for x in "BA")
+    torch.testing.assert_close(down, plain[f"{stem}attention.qkv.lora_down.weight"])
+    alpha = plain[f"{stem}attention.qkv.alpha"]
+    torch.testing.assert_close(up, plain[f"{stem}attention.qkv.lora_up.weight"] * alpha / 4)
+
+    w1, w2, bias = (torch.randn(shape, generator=generator) for shape in ((2, 8), (85, 8), (256,)))
+    more = {"feed_forward.w1.lokr_w1": w1, "feed_forward.w1.lokr_w2": w2, "adaLN_modulation.0.diff_b": bias}
+    save_file(plain | {stem + name: value for name, value in more.items()}, path)
+    main(["merge", str(path), "--base", str(base), "--scale", "0.5", "--overwrite", "--out", str(out)])
+    wanted = load_model(base)
+    load_lora(wanted, path, 0.5)
+    for name, value in load_file(out).items():
+        torch.testing.assert_close(value, wanted.state_dict()[name], rtol=1e-5, atol=1e-5, msg=name)
+    with pytest.raises(UserError, match="no plain low-rank pairs"):
+        main(["export-lora", str(path), "--base", str(base), "--overwrite", "--out", str(out)])
 
 
 @pytest.mark.parametrize("patch", [16, 64, 128, 160])

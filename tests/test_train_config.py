@@ -30,7 +30,7 @@ def test_shipped_configurations_load(path):
 
 
 def test_shipped_configurations_are_all_there():
-    assert {path.stem for path in CONFIGS} == {"l2p-1k", "l2p-4k", "l2p-8k", "l2p-10k", "24gb", "tiny"}
+    assert {path.stem for path in CONFIGS} == {"l2p-1k", "l2p-4k", "l2p-8k", "l2p-10k", "24gb", "lora", "tiny"}
 
 
 def test_overrides(tmp_path):

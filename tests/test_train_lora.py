@@ -11,13 +11,14 @@ pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[
 from tiny_pipeline import FEATURES
 from tiny_training import curve, make_world, run_ranks, tiny_model, world_in
 
-from l2p_fast import load_lora, load_model, train
+from l2p_fast import convert, load_lora, load_model, train
 from l2p_fast.errors import UserError
 from l2p_fast.models.zimage import build_empty
 from l2p_fast.training import state as checkpoints
 from l2p_fast.training.config import Config, LoraConfig, load_config
 from l2p_fast.training.freeze import freeze
 from l2p_fast.training.memory import expected, plan
+from l2p_fast.training.merging import LORA_LAYOUTS
 from l2p_fast.training.pairs import add_pairs, targets
 
 torch.set_num_threads(1)
@@ -61,7 +62,12 @@ def test_it_learns_by_pairs(world):
 def test_the_head_in_full_beside_pairs(tmp_path, patch):
     """Some layers of some blocks, head and embedding in full, at both patch sizes."""
     config = make_world(tmp_path, patch, side=2 * patch)
-    settings = [*LORA, "freeze.policy=pixels", "lora.targets=['layers.[01].attention.*', adaLN_modulation.0]", "steps=2"]
+    settings = [
+        *LORA,
+        "freeze.policy=pixels",
+        "lora.targets=['layers.[01].attention.*', adaLN_modulation.0]",
+        "steps=2",
+    ]
     train.main([str(config), *settings])
     trained, lora = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("trained", "lora"))
     assert {name.split(".")[0] for name in trained} == {"all_x_embedder", "local_decoder"}
@@ -167,3 +173,40 @@ def test_the_plan_counts_pairs(patch):
     assert memory.gradients == 2 * pairs and memory.optimizer < 9 * pairs
     assert 3.5e9 < memory.weights < 3.8e9 and memory.total < (6.6e9 if patch == 16 else 7.8e9)
     assert "79.38 M: LoRA of rank 32 over 238 layers; in full: none" in plan(config, device_gb=16)
+
+
+# --- convert ---
+def test_merging_and_exporting_what_was_trained(world):
+    """File and checkpoint alike, in every layout, and what was trained in full beside the pairs."""
+    run, folder = world
+    run(*LORA, "freeze.policy=pixels", "lora.targets=[to_q, to_v, w2]", "steps=2")
+    place = checkpoints.complete(folder / "run")[-1]
+    files = ("base", "run/trained", "run/lora", "both", "half", "rest")
+    base, whole, lora, both, half, rest = (str(folder / f"{name}.safetensors") for name in files)
+    convert.main(["merge", str(place), "--base", base, "--out", both])
+    convert.main(["merge", whole, "--base", base, "--out", half])
+    convert.main(["merge", lora, "--base", half, "--out", rest])
+    both, rest, start = load_file(both), load_file(rest), tiny_model().state_dict()
+    assert all(torch.allclose(both[key], rest[key], rtol=1e-4, atol=1e-6) for key in start)
+    changed = {key for key in start if not torch.equal(both[key], start[key])}
+    assert "layers.0.attention.to_k.weight" not in changed
+    assert changed >= {f"layers.{i}.attention.to_q.weight" for i in range(3)} | load_file(whole).keys()
+
+    wanted, out = load_model(half), str(folder / "out.safetensors")
+    load_lora(wanted, lora)
+    names = {}
+    for layout in LORA_LAYOUTS:
+        for source in (lora, str(place)):
+            convert.main(["export-lora", source, "--base", base, "--layout", layout, "--overwrite", "--out", out])
+            got, names[layout] = load_model(half), {name: value.shape for name, value in load_file(out).items()}
+            load_lora(got, out)
+            for (name, ours), theirs in zip(got.named_parameters(), wanted.parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    stem = "diffusion_model.layers.0."
+    assert names["comfyui"][f"{stem}attention.qkv.lora_A.weight"] == (8, 32)
+    assert names["comfyui"][f"{stem}attention.qkv.lora_B.weight"] == (96, 8)
+    assert f"{stem}feed_forward.w2.lora_A.weight" in names["comfyui"]
+    assert f"{stem}attention.to_q.lora_A.weight" in names["ai-toolkit"]
+    assert "transformer.layers.0.attention.to_q.lora_A.weight" in names["diffusers"]
+    with pytest.raises(UserError, match="holds no LoRA"):
+        convert.main(["export-lora", whole, "--base", base, "--overwrite", "--out", out])

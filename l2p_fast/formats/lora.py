@@ -21,7 +21,7 @@ from ..errors import UserError, few
 from .changes import Change, Difference, Hadamard, Kronecker, Pair
 from .checkpoint import Checkpoint
 from .header import AGAIN, load_json, parse_json
-from .names import LAYOUTS, strip_prefix, to_layout
+from .names import LAYOUTS, TABLE, strip_prefix, to_layout
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ _LEAVES = tuple(
     )
 )
 _REFUSED = re.compile(r"\.(hada_t[12]|lokr_t[12]|lora_mid|b?oft_\w+)\b")  # without them the rest means something else
+FUSED = next((ours, theirs) for ours, theirs in TABLE if len(ours) > 1)  # what lies in one of ComfyUI's tensors
 CONFIG = "adapter_config.json"
 _UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 _OTHER_PARTS = re.compile(r"(text_encoders?\d*|conditioner|vae|first_stage_model)\.|(lora_|lycoris_)?te\d?_|lora_text_")
@@ -293,3 +294,31 @@ def _misfit(change: Change, weight: tuple[int, ...], bias: tuple[int, ...] | Non
     if change.bias is not None and len(change.bias) != (bias or flat)[0]:
         return f"for a bias of {len(change.bias)}, the model's is {(bias or flat)[0]}"
     return None
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+def fused_pairs(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """``pairs`` of our modules by ComfyUI's names; those of what lies fused there become one, of the same product."""
+    result = {}
+    for theirs, ours in to_layout((f"{name}.weight" for name in pairs), "comfyui").items():
+        names = [name.removesuffix(".weight") for name in ours]
+        if not theirs.endswith(FUSED[1] + ".weight"):
+            result[theirs.removesuffix(".weight")] = pairs[names[0]]
+            continue
+        stem = theirs.removesuffix(FUSED[1] + ".weight")
+        parts = [pairs.get(stem + part) for part in FUSED[0]]
+        there = [part for part in parts if part is not None]
+        rows = there[0].up.shape[0]
+        if all(part is there[0] or torch.equal(part.down, there[0].down) for part in there):
+            down, ups = there[0].down, [torch.zeros_like(there[0].up) if p is None else p.up for p in parts]
+        else:
+            down = torch.cat([part.down for part in there])
+            ups, before = [], 0
+            for part in parts:
+                up = down.new_zeros(rows, len(down))
+                if part is not None:
+                    up[:, before : before + len(part.down)] = part.up
+                    before += len(part.down)
+                ups.append(up)
+        result[theirs.removesuffix(".weight")] = Pair(down, torch.cat(ups))
+    return result

@@ -49,8 +49,13 @@ class LoraConfig:
     alpha: float = 0.0  # strength x rank; 0: the rank
     targets: list[str] = field(
         default_factory=lambda: [
-            "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
-            "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+            "attention.to_q",
+            "attention.to_k",
+            "attention.to_v",
+            "attention.to_out.0",
+            "feed_forward.w1",
+            "feed_forward.w2",
+            "feed_forward.w3",
         ]
     )  # patterns of layers' names, or of their ends
 

@@ -34,8 +34,8 @@ from .sheets import Sheets
 from .state import RunState
 
 # A checkpoint can only go on under the settings that gave its tensors their meaning.
-FIXED = ("seed", "model.base", "model.weights", "freeze", "lora", "optim.kind", "optim.rounding", "ema.decay", "data.path",
-         "data.layout", "data.max_aspect")  # fmt: skip
+FIXED = ("seed", "model.base", "model.weights", "freeze", "lora", "optim.kind", "optim.rounding", "ema.decay",
+         "data.path", "data.layout", "data.max_aspect")  # fmt: skip
 
 
 def train(config: Config, workers: Workers, resume: str = "auto") -> bool:
@@ -141,7 +141,7 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
         kept = f"step {saved} is saved" if saved >= 0 else "nothing is saved yet"
         monitor.say(f"stopped by a signal; {kept}, the same command goes on")
     elif workers.first:
-        export(run, average, config.lora)
+        export(run, average)
     return not halt.agreed
 
 
@@ -303,7 +303,7 @@ def last_good(run: RunFolder) -> str:
     return f"the last good checkpoint is {last}" if last else "no checkpoint was saved"
 
 
-def export(run: RunFolder, average: EMA, config: LoraConfig) -> None:
+def export(run: RunFolder, average: EMA) -> None:
     """Write the trained tensors and pairs (`l2p_fast.convert merge` puts them over the base), averaged ones beside."""
     last = run.last()
     if last is None:
@@ -311,4 +311,4 @@ def export(run: RunFolder, average: EMA, config: LoraConfig) -> None:
     for ending, averaged in (("", False), ("-ema", True)):
         if not averaged or average.average:
             held = checkpoints.TrainedTensors(last, averaged)
-            write_trained({key: held.piece(key) for key in held.shapes}, config, run.path, ending)
+            write_trained(held, run.path, ending)

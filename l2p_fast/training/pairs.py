@@ -8,9 +8,10 @@ no other program's model has: they are trained in full or not at all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from ..errors import UserError, few
 from ..formats.write import Piece, write_pieces
 from ..models.zimage import L2PTransformer2DModel
 from .config import Config, LoraConfig
+
+if TYPE_CHECKING:
+    from ..formats.changes import Change
+    from .state import TrainedTensors
 
 ADAPTER = "default"
 DOWN, UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
@@ -106,26 +111,30 @@ def kept_bytes(model: nn.Module, config: LoraConfig, tokens: list[int], dtype: t
     return [count * seen * config.rank * dtype.itemsize for count, seen in zip(counts, tokens, strict=True)]
 
 
-# --- The file that a run leaves --------------------------------------------------------------------------------------
-def lora_pieces(pieces: Mapping[str, Piece], scale: float) -> Iterator[tuple[str, Piece]]:
-    """(Diffusers' name, tensor) of each trained tensor that is of a pair, ``scale`` folded in, so that alpha is rank."""
-    for name, piece in pieces.items():
-        if is_of_pair(name):
-            given = piece
-            if name.endswith(UP) and scale != 1:
-                piece = Piece(given.shape, given.dtype, lambda kind, given=given: (
-                    (chunk * scale).to(kind) for chunk in given.chunks(torch.float32)
-                ))  # fmt: skip
-            yield "transformer." + name.replace(f".{ADAPTER}.", "."), piece
+# --- What a run leaves ----------------------------------------------------------------------------------------------
+def changes_of(held: TrainedTensors) -> dict[str, Change]:
+    """The pairs of a training's checkpoint, by layer, in fp32, at the strength they were trained with."""
+    from ..formats.changes import Change, Pair
+
+    def read(name: str) -> Tensor:
+        return torch.cat(list(held.piece(name).chunks(torch.float32)))
+
+    names = [name.removesuffix(DOWN) for name in held.shapes if name.endswith(DOWN)]
+    return {name: Change(Pair(read(name + DOWN), read(name + UP)).scaled(held.lora_scale)) for name in names}
 
 
-def write_trained(pieces: Mapping[str, Piece], config: LoraConfig, folder: Path, ending: str = "") -> list[Path]:
-    """Write what was trained in full to ``trained{ending}.safetensors``, pairs to ``lora{ending}.safetensors``."""
-    whole = {name: piece for name, piece in pieces.items() if not is_of_pair(name)}
-    pairs = dict(lora_pieces(pieces, strength(config))) if config.rank else {}
-    written = []
-    for name, part in (("trained", whole), ("lora", pairs)):
-        if part:
-            written.append(folder / f"{name}{ending}.safetensors")
-            write_pieces(part, written[-1])
-    return written
+def write_trained(held: TrainedTensors, folder: Path, ending: str = "") -> None:
+    """Write what was trained in full to ``trained{ending}.safetensors``, pairs to ``lora{ending}.safetensors``.
+
+    The pairs have diffusers' names for a Z-Image's LoRA and their strength folded in, so that alpha is the rank.
+    """
+    whole = {name: held.piece(name) for name in held.shapes if not is_of_pair(name)}
+    if whole:
+        write_pieces(whole, folder / f"trained{ending}.safetensors")
+    pairs = {}
+    for name, change in changes_of(held).items():
+        dtype = held.piece(name + DOWN).dtype
+        pairs[f"transformer.{name}.lora_A.weight"] = Piece.of_tensor(change.kind.down, dtype)
+        pairs[f"transformer.{name}.lora_B.weight"] = Piece.of_tensor(change.kind.up, dtype)
+    if pairs:
+        write_pieces(pairs, folder / f"lora{ending}.safetensors")

@@ -223,9 +223,14 @@ class TrainedTensors:
 
     def __init__(self, path: str | Path, average: bool = False):
         self.path = Path(path)
-        check(path, Workers(0, 1, torch.device("cpu")))
+        state = check(path, Workers(0, 1, torch.device("cpu")))
         self._held = Shards(self.path, list(read_state(path)[1]))
         self._prefix = EMA if average else MODEL
+        lora = state.config.get("lora") or {}
+        rank, alpha = lora.get("rank") or 1, lora.get("alpha") or 0
+        if not all(type(n) in (int, float) and abs(n) < 2**24 for n in (rank, alpha)):
+            raise Damaged(f"{path} is damaged: its lora settings are not numbers")
+        self.lora_scale = (alpha or rank) / rank  # of its pairs
         names = [name for name in self._held.shapes if name.startswith(self._prefix)]
         if not names:
             raise UserError(f"{path} holds no average of the weights; it was trained without ema.decay")
@@ -234,8 +239,10 @@ class TrainedTensors:
         self.shapes = {name.removeprefix(self._prefix): self._held.shapes[name] for name in names}
         self.tensors = {key: Stored(self.path / STATE, key, "", shape, 0) for key, shape in self.shapes.items()}
 
-    def kind(self) -> str:
-        return "delta"
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest of its weights' dtypes."""
+        return max((self._held.dtypes[self._prefix + key] for key in self.shapes), key=lambda dtype: dtype.itemsize)
 
     def piece(self, key: str, dtype: torch.dtype | None = None) -> Piece:
         """Raises UserError for values that aren't finite."""
