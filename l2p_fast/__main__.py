@@ -11,6 +11,7 @@ from .errors import UserError, run_cli
 COMMANDS = {
     "sample": "draw images of prompts",
     "train": "train a model",
+    "data": "make training images: categories, prompts, a filter, images, a page about them",
     "convert": "make checkpoints out of checkpoints",
     "info": "what is installed, and how the kernels were built",
     "plot": "draw the curves of trainings",

@@ -1,0 +1,218 @@
+"""A folder of images of prompts, in the published layout, drawn by any number of processes and finished by the last.
+
+    metadata.csv       image, prompt, seed: what training reads
+    images/000012_1.png  prompt 12, its second image, with all its settings in it
+    prompts.jsonl      the prompts, in order
+    set.json           what all images have in common
+    rejected.csv       where there is a gate: the images that it keeps out of metadata.csv, with their scores
+    shards/00000.tar   WebDataset, where asked for
+
+An image's file is the only record that it is drawn, so a run goes on wherever it was killed, on any number of
+processes. Names come from numbers alone, never from a prompt.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import FieldError, UserError
+from ..files import atomic_path
+from ..formats.header import parse_json
+from ..sampling.drawing import FORMATS, read_settings, save_image
+from ..sampling.jobs import Job, check_writable, is_finished
+from ..sampling.request import Request
+from .gate import ClipGate
+from .llm import INSTALL
+from .painters import Painter
+from .records import Prompt, write_lines
+
+COLUMNS = ("image", "prompt", "seed")  # of metadata.csv
+MOST = 1_000_000  # images of a folder
+FAILURES = 10  # images in a row that can't be drawn, before the run ends
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which process of how many this is, as torchrun says."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Share:
+        """By RANK and WORLD_SIZE.
+
+        Raises:
+            UserError: they are no numbers that fit together.
+        """
+        try:
+            share = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        except ValueError as error:
+            raise UserError(f"RANK and WORLD_SIZE must be whole numbers ({error}); torchrun sets them") from error
+        if not 0 <= share.rank < share.world:
+            raise UserError(f"RANK must be below WORLD_SIZE, got {share.rank} and {share.world}")
+        return share
+
+    def device(self, name: str) -> str:
+        """``name``, or where several processes are to choose, the GPU of this one."""
+        if name != "auto" or self.world == 1:
+            return name
+        import torch
+
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+class ImageSet:
+    """The images of ``prompts``, ``each`` of every one, in ``folder``.
+
+    Args:
+        base: all but prompt and seed; the seeds count up from its own.
+        format: png, jpg or webp.
+        common: what draws them, as plain values; a folder is of one kind.
+        least: of the scores, where there is a gate.
+
+    Raises:
+        UserError: the folder can't be written, or holds images of other settings.
+    """
+
+    def __init__(
+        self, folder: Path, prompts: Sequence[Prompt], each: int, base: Request, format: str, common: dict[str, Any],
+        least: float | None = None,
+    ):  # fmt: skip
+        if len(prompts) * each > MOST:
+            raise FieldError("each", f"makes {len(prompts) * each} images; at most {MOST} a folder: use {{limit}}")
+        self.folder, self.prompts, self.format, self.least = folder, prompts, format, least
+        self.jobs: list[Job] = []
+        for index, prompt in enumerate(prompts):
+            for k in range(each):
+                request = replace(base, prompt=prompt.prompt, seed=(base.seed + index * each + k) % 2**63)
+                self.jobs.append(Job(request, folder / "images" / f"{index:06d}_{k}{FORMATS[format]}"))
+        check_writable(self.jobs[0].path)
+        shared = {key: value for key, value in base.as_dict().items() if key not in ("prompt", "cfg_batch")}
+        self._settings = {**shared, **common, "each": each, "format": format}
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        file = self.folder / "set.json"
+        try:
+            there = parse_json(file.read_bytes()) if file.exists() else {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({error}); name another --out") from error
+        if there and there != self._settings:
+            names = [key for key in {*self._settings, *there} if self._settings.get(key) != there.get(key)]
+            name = min(names)
+            raise UserError(
+                f"{self.folder} holds images with {name} {there.get(name)!r}, not {self._settings.get(name)!r}; "
+                "give the same, or another --out"
+            )
+
+    def start(self) -> None:
+        """Write what does not change."""
+        write_lines(self.folder / "set.json", [json.dumps(self._settings, indent=1) + "\n"])
+        write_lines(self.folder / "prompts.jsonl", (prompt.line() for prompt in self.prompts))
+
+    def waiting(self, share: Share) -> list[Job]:
+        """Those of the jobs that fall to this process and are not drawn."""
+        return [job for job in self.jobs[share.rank :: share.world] if not is_finished(job, any_seed=False)]
+
+    def draw(self, painter: Painter, jobs: Sequence[Job], gate: ClipGate | None, bar: bool) -> int:
+        """Draw ``jobs`` and write them; returns how many could not be drawn.
+
+        Raises:
+            UserError: a setting that the model can't take, or `FAILURES` images in a row that can't be drawn.
+        """
+        failed = in_a_row = 0
+        for job in tqdm(jobs, desc="images", disable=not (bar and sys.stderr.isatty())):
+            try:
+                drawing = painter(job.request)
+            except FieldError:
+                raise
+            except UserError as error:
+                failed, in_a_row = failed + 1, in_a_row + 1
+                if in_a_row >= FAILURES:
+                    raise
+                tqdm.write(f"note: {job.path.name} is not drawn: {error}", file=sys.stderr)
+                continue
+            in_a_row, settings = 0, drawing.settings
+            if gate is not None:
+                settings = settings | {"score": gate.score(drawing.image, job.request.prompt)}
+            save_image(drawing.image, job.path, self.format, settings)
+        return failed
+
+    def write_tables(self) -> tuple[int, int]:
+        """metadata.csv, and rejected.csv where there is a gate, of what is drawn; returns the numbers of both."""
+        kept, rejected = [], []
+        for job in self.jobs:
+            if is_finished(job, any_seed=False):
+                row = (f"images/{job.path.name}", job.request.prompt, job.request.seed)
+                score = read_settings("out", str(job.path)).get("score") if self.least is not None else None
+                if isinstance(score, float) and score < self.least:
+                    rejected.append((*row, f"{score:.4f}"))
+                else:
+                    kept.append(row)
+        _write_csv(self.folder / "metadata.csv", COLUMNS, kept)
+        if self.least is not None:
+            _write_csv(self.folder / "rejected.csv", (*COLUMNS, "score"), rejected)
+        return len(kept), len(rejected)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_lines(path, [text.getvalue()])
+
+
+def read_table(folder: Path) -> list[dict[str, str]]:
+    """The rows of a folder's metadata.csv: image, prompt, seed.
+
+    Raises:
+        UserError: none there, or another table.
+    """
+    path = folder / "metadata.csv"
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not rows or not all(isinstance(row.get(name), str) for row in rows for name in COLUMNS[:2]):
+        raise UserError(f"{path} has no rows with image and prompt; l2p data images writes such a table")
+    return rows
+
+
+def write_shards(folder: Path, per_shard: int) -> int:
+    """``folder``/shards: the images of metadata.csv as WebDataset, each with a .json (prompt, seed); returns how many.
+
+    Raises:
+        UserError: the package webdataset is missing, or an image.
+    """
+    try:
+        from webdataset import TarWriter
+    except ImportError as error:
+        raise UserError(f"shards need the package webdataset: {INSTALL}") from error
+    rows = read_table(folder)
+    with atomic_path(folder / "shards") as place:
+        place.mkdir()
+        for number, start in enumerate(range(0, len(rows), per_shard)):
+            with TarWriter(str(place / f"{number:05d}.tar"), user="", group="", encoder=False, mtime=0) as tar:
+                for sample in _samples(folder, rows[start : start + per_shard]):
+                    tar.write(sample)
+    return -(-len(rows) // per_shard)
+
+
+def _samples(folder: Path, rows: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        name = Path(row["image"]).name
+        stem, _, suffix = name.partition(".")
+        about = {"prompt": row["prompt"], "seed": int(row["seed"])}
+        image = (folder / "images" / name).read_bytes()
+        yield {"__key__": stem, suffix: image, "json": json.dumps(about, ensure_ascii=False).encode()}

@@ -1,0 +1,132 @@
+"""What draws a request: a `Session` of ours, or any text-to-image pipeline of diffusers."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .. import __version__
+from ..errors import UserError
+from ..files import near_path
+from ..sampling.drawing import Drawing
+from ..sampling.facts import check_memory, check_text_encoder, find_model
+from ..sampling.request import Request, Setup, check_size
+from .llm import short
+
+Painter = Callable[[Request], Drawing]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of ours or a diffusers pipeline, not yet loaded.
+
+    Attributes:
+        name: of the model, as it is kept with the images.
+        request: with the size, where it is known before loading.
+    """
+
+    name: str
+    request: Request
+    setup: Setup
+    is_pipeline: bool
+
+    @classmethod
+    def of(cls, setup: Setup, request: Request, pipeline: str | None) -> Source:
+        """What ``pipeline`` names, or else ``setup``.
+
+        Raises:
+            UserError: nothing there, or a size that it can't draw.
+        """
+        if pipeline is not None:
+            check_pipeline(pipeline)
+            return cls(pipeline, request, setup, True)
+        facts = find_model(setup.model, max(request.height, request.width) if request.height else None)
+        check_text_encoder(setup.text_encoder, facts)
+        sides = {"height": request.height or facts.native_size, "width": request.width or facts.native_size}
+        for field, side in sides.items():
+            check_size(field, side, facts.size_multiple)
+        check_memory(*sides.values(), facts.size_multiple or 64)
+        return cls(facts.name, replace(request, **sides), setup, False)
+
+    def painter(self, device: str) -> tuple[Painter, list[str]]:
+        """Load it onto ``device``; returns what draws, and lines on what runs."""
+        if self.is_pipeline:
+            return pipeline_painter(self.name, device, self.setup.dtype)
+        return session_painter(replace(self.setup, device=device), max(self.request.height, self.request.width))
+
+
+def session_painter(setup: Setup, longest: int | None) -> tuple[Painter, list[str]]:
+    """A session's, and its lines on what runs.
+
+    Raises:
+        UserError: a model that isn't there or can't be used.
+    """
+    from ..sampling.session import Session
+
+    session = Session.load(setup, longest)
+    session.pipeline.set_progress_bar_config(disable=True)
+    return session.draw, session.report
+
+
+def check_pipeline(name: str) -> None:
+    """That ``name`` is a pipeline's folder or has a hub id's form.
+
+    Raises:
+        UserError: it is not.
+    """
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "model_index.json")):
+            raise UserError(f"--pipeline {name} holds no model_index.json; give the folder of a diffusers pipeline")
+    elif not re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        raise UserError(f"--pipeline {name} is neither a folder nor a hub id{near_path(name)}")
+
+
+def pipeline_painter(name: str, device: str, dtype: str) -> tuple[Painter, list[str]]:
+    """That of a diffusers pipeline, of which no Python file is run; ``guidance`` is what it takes guidance for.
+
+    Raises:
+        UserError: it can't be loaded, or draws no images of prompts.
+    """
+    import diffusers
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            name, torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=os.path.isdir(name)
+        ).to(device)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise UserError(f"can't load the pipeline {name}: {short(error)}") from error
+    takes = inspect.signature(pipe.__call__).parameters
+    if "prompt" not in takes or "generator" not in takes:
+        raise UserError(f"{type(pipe).__name__} in {name} draws no images of prompts; give a text-to-image pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    made_by = {"model": name, "pipeline": type(pipe).__name__, "version": __version__, "torch": torch.__version__}
+    made_by["diffusers"] = diffusers.__version__
+
+    def draw(request: Request) -> Drawing:
+        asked = {
+            "height": request.height,
+            "width": request.width,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "negative_prompt": request.negative or None,
+        }
+        options = {key: value for key, value in asked.items() if value is not None and key in takes}
+        generator = torch.Generator().manual_seed(request.seed)
+        try:
+            image = pipe(prompt=request.prompt, generator=generator, **options).images[0].convert("RGB")
+        except (ValueError, RuntimeError, TypeError) as error:  # torch's lack of memory among them
+            raise UserError(
+                f"{type(pipe).__name__} can't draw {request.width} x {request.height}: {short(error)}"
+            ) from (error)
+        return Drawing(image, {**request.as_dict(), **made_by}, {})
+
+    return draw, [f"pipeline   {type(pipe).__name__} of {name}", f"device     {device}, {dtype}"]
