@@ -39,10 +39,11 @@ class Grammar:
         """
         generator = random.Random(f"{self.seed} {brief.id}")
         for _ in range(TRIES):
-            text = self._expand("form", brief, generator)
+            text = " ".join(self._expand("form", brief, generator).split())
             if brief.language == "en":
                 text = re.sub(r"(^|[.!?] )([a-z])", lambda found: found[1] + found[2].upper(), text)
-            if LEAST <= len(text) <= MOST:
+            sentences = re.split(r"[.。]", text)
+            if LEAST <= len(text) <= MOST and len(set(sentences)) == len(sentences):
                 return text, quoted_texts(text)
         raise ValueError(f"the grammar has no prompt of {LEAST} to {MOST} characters for {brief.category.en!r}")
 
