@@ -88,7 +88,7 @@ def prompts(args: argparse.Namespace) -> int:
 def filter_prompts(args: argparse.Namespace) -> int:
     within(args, "least", 0, 1e5)
     within(args, "most", args.least, 1e5)
-    within(args, "near", 0.1, 1)
+    within(args, "near", 0.1, 0.99)
     within(args, "cosine", 0, 1)
     within(args, "limit", 1, 1e9)
     out = Path(args.out)
@@ -131,7 +131,12 @@ def images(args: argparse.Namespace) -> int:
     height, width = args.height or args.res or args.width, args.width or args.res or args.height
     request = Request("", args.seed, args.negative, height, width, args.steps, args.guidance)
     setup = Setup(args.model, args.text_encoder, args.dtype, args.device, quantize=args.quantize, offload=args.offload)
-    source = painters.Source.of(setup, request, args.pipeline)
+    try:
+        source = painters.Source.of(setup, request, args.pipeline)
+    except FieldError as error:
+        if args.res is None or error.field not in ("height", "width"):
+            raise
+        raise FieldError("res", error.problem) from None
     share = Share.of_environment()
     common = {"model": source.name, "gate": args.gate}
     made = ImageSet(Path(args.out), written, args.each, source.request, format, common, args.gate_least)

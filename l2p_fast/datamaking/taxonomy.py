@@ -98,7 +98,7 @@ class Taxonomy:
 def core(name: str) -> str:
     """A name's words without articles, plural endings and order: near-doubles have the same."""
     words = re.findall(r"[a-zà-ÿ]+", name.lower())
-    return " ".join(sorted(word.removesuffix("s") for word in words if word not in _ARTICLES))
+    return " ".join(sorted(re.sub(r"(?<=x|h|s)es$|s$", "", word) for word in words if word not in _ARTICLES))
 
 
 def read_taxonomy(path: str | Path | None = None) -> Taxonomy:
