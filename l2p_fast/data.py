@@ -88,7 +88,7 @@ def prompts(args: argparse.Namespace) -> int:
 def filter_prompts(args: argparse.Namespace) -> int:
     within(args, "least", 0, 1e5)
     within(args, "most", args.least, 1e5)
-    within(args, "near", 0.1, 0.99)
+    within(args, "near", 0.1, 0.95)
     within(args, "cosine", 0, 1)
     within(args, "limit", 1, 1e9)
     out = Path(args.out)
@@ -130,7 +130,10 @@ def images(args: argparse.Namespace) -> int:
     format = choose("format", args.format.lower(), FORMATS)
     height, width = args.height or args.res or args.width, args.width or args.res or args.height
     request = Request("", args.seed, args.negative, height, width, args.steps, args.guidance)
-    setup = Setup(args.model, args.text_encoder, args.dtype, args.device, quantize=args.quantize, offload=args.offload)
+    setup = Setup(
+        model=args.model, text_encoder=args.text_encoder, dtype=args.dtype, device=args.device,
+        quantize=args.quantize, offload=args.offload,
+    )  # fmt: skip
     try:
         source = painters.Source.of(setup, request, args.pipeline)
     except FieldError as error:
@@ -138,8 +141,7 @@ def images(args: argparse.Namespace) -> int:
             raise
         raise FieldError("res", error.problem) from None
     share = Share.of_environment()
-    common = {"model": source.name, "gate": args.gate}
-    made = ImageSet(Path(args.out), written, args.each, source.request, format, common, args.gate_least)
+    made = ImageSet(Path(args.out), written, args.each, source, format, args.gate, args.gate_least)
     mine, waiting, failed = made.jobs[share.rank :: share.world], made.waiting(share), 0
     if len(mine) > len(waiting):
         print(f"{len(mine) - len(waiting)} images are finished and skipped")

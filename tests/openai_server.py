@@ -1,4 +1,4 @@
-"""A server on the loopback that speaks OpenAI's chat API as far as it is used, and fails in the ways that such servers do.
+"""A server on the loopback that speaks OpenAI's chat API as far as it is used, and fails as such servers do.
 
 ``Server(answer)`` calls ``answer(body, number)`` for the ``number``-th request, counted from 1. What it returns is the
 text of the answer, or a `Fault`.

@@ -30,7 +30,7 @@ ROWS = (
     ("quantize",),
     ("loading",),
     ("sampling",),
-    ("training", "serving"),
+    ("training", "serving", "datamaking"),
 )
 RANK = {part: rank for rank, parts in enumerate(ROWS) for part in parts}
 COMMANDS = [path for path in MODULES if path.parent == PACKAGE and path.stem not in (*RANK, "__init__")]

@@ -80,7 +80,28 @@ def write_shards(folder, count=6):
     return folder
 
 
-@pytest.mark.parametrize("write", [write_csv, write_imagefolder, write_shards])
+def write_published(folder, count=6):
+    """Tars without captions, and the table beside them."""
+    folder.mkdir()
+    for shard in range(2):
+        numbers = range(shard * count // 2, (shard + 1) * count // 2)
+        write_shard(folder / f"{shard}.tar", {f"set_20k/images/Posters_{i}_2.jpg": png(image(i)) for i in numbers})
+    rows = [(f"images/Posters_{i}_2.jpg", f"p{i}", i) for i in range(count)]
+    with open(folder / "set_20k.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "prompt", "seed"), *rows])
+    (folder / "other.csv").write_text("a,b\n1,2\n")
+    return folder
+
+
+def write_texts(folder, count=6):
+    """The other columns of the published sets."""
+    write_csv(folder, count)
+    table = folder / "metadata.csv"
+    table.write_text(table.read_text().replace("image,prompt", "file_name,text", 1))
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_csv, write_imagefolder, write_shards, write_published, write_texts])
 def test_layouts_hold_the_same(tmp_path, write):
     images = list_images(DataConfig(path=str(write(tmp_path / "d"))))
     assert [p.prompt for p in images] == [f"p{i}" for i in range(6)]
@@ -89,6 +110,17 @@ def test_layouts_hold_the_same(tmp_path, write):
         pixels = p.load(16, 48)
         assert pixels.shape == (3, 16, 48) and pixels.dtype == torch.float32
         torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([i, 100, 200]) / 127.5 - 1)
+
+
+def test_a_table_beside_shards_names_what_is_missing(tmp_path):
+    folder = write_published(tmp_path / "d")
+    (folder / "1.tar").unlink()
+    write_shard(folder / "2.tar", {"other/Posters_0_2.jpg": png(image(9)), "x/Posters_4_2.jpg": png(image(4))})
+    images = list_images(DataConfig(path=str(folder / "set_20k.csv")))
+    readable = [number for number, one in enumerate(images) if one.member]
+    assert readable == [0, 1, 2, 4] and images[0].member == "set_20k/images/Posters_0_2.jpg"
+    with pytest.raises(UNREADABLE):
+        images[3].open()
 
 
 @pytest.mark.parametrize("length", [512 * 5, 512 * 5 + 100, 512 * 6, 512 * 6 + 10, 512 * 7])

@@ -30,10 +30,9 @@ from ..files import atomic_path
 from ..formats.header import parse_json
 from ..sampling.drawing import FORMATS, read_settings, save_image
 from ..sampling.jobs import Job, check_writable, is_finished
-from ..sampling.request import Request
 from .gate import ClipGate
 from .llm import INSTALL
-from .painters import Painter
+from .painters import Painter, Source
 from .records import Prompt, write_lines
 
 COLUMNS = ("image", "prompt", "seed")  # of metadata.csv
@@ -76,9 +75,9 @@ class ImageSet:
     """The images of ``prompts``, ``each`` of every one, in ``folder``.
 
     Args:
-        base: all but prompt and seed; the seeds count up from its own.
+        source: what draws them, with all of the requests but prompt and seed; the seeds count up from its own.
         format: png, jpg or webp.
-        common: what draws them, as plain values; a folder is of one kind.
+        gate: folder of the model that scores them.
         least: of the scores, where there is a gate.
 
     Raises:
@@ -86,12 +85,13 @@ class ImageSet:
     """
 
     def __init__(
-        self, folder: Path, prompts: Sequence[Prompt], each: int, base: Request, format: str, common: dict[str, Any],
+        self, folder: Path, prompts: Sequence[Prompt], each: int, source: Source, format: str, gate: str | None = None,
         least: float | None = None,
     ):  # fmt: skip
         if len(prompts) * each > MOST:
             raise FieldError("each", f"makes {len(prompts) * each} images; at most {MOST} a folder: use {{limit}}")
         self.folder, self.prompts, self.format, self.least = folder, prompts, format, least
+        base, self._setup = source.request, source.setup
         self.jobs: list[Job] = []
         for index, prompt in enumerate(prompts):
             for k in range(each):
@@ -99,7 +99,7 @@ class ImageSet:
                 self.jobs.append(Job(request, folder / "images" / f"{index:06d}_{k}{FORMATS[format]}"))
         check_writable(self.jobs[0].path)
         shared = {key: value for key, value in base.as_dict().items() if key not in ("prompt", "cfg_batch")}
-        self._settings = {**shared, **common, "each": each, "format": format}
+        self._settings = {**shared, "model": source.name, "each": each, "format": format, "gate": gate}
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -123,7 +123,10 @@ class ImageSet:
 
     def waiting(self, share: Share) -> list[Job]:
         """Those of the jobs that fall to this process and are not drawn."""
-        return [job for job in self.jobs[share.rank :: share.world] if not is_finished(job, any_seed=False)]
+        return [job for job in self.jobs[share.rank :: share.world] if not self._is_drawn(job)]
+
+    def _is_drawn(self, job: Job) -> bool:
+        return is_finished(job, self._setup, any_seed=False)
 
     def draw(self, painter: Painter, jobs: Sequence[Job], gate: ClipGate | None, bar: bool) -> int:
         """Draw ``jobs`` and write them; returns how many could not be drawn.
@@ -153,7 +156,7 @@ class ImageSet:
         """metadata.csv, and rejected.csv where there is a gate, of what is drawn; returns the numbers of both."""
         kept, rejected = [], []
         for job in self.jobs:
-            if is_finished(job, any_seed=False):
+            if self._is_drawn(job):
                 row = (f"images/{job.path.name}", job.request.prompt, job.request.seed)
                 score = read_settings("out", str(job.path)).get("score") if self.least is not None else None
                 if isinstance(score, float) and score < self.least:

@@ -50,7 +50,7 @@ class Facts:
     def lines(self) -> list[str]:
         """For a terminal."""
         lengths = [length for some in self.lengths.values() for length in some]
-        tongues = ", ".join(f"{NAMES[name]} {len(some)}" for name, some in self.lengths.items())
+        tongues = ", ".join(f"{NAMES[name]} {len(self.lengths[name])}" for name in NAMES if name in self.lengths)
         return [
             f"prompts     {self.prompts} ({tongues}), {min(lengths)} to {max(lengths)} characters, "
             f"median {statistics.median(lengths):g}",

@@ -1,6 +1,7 @@
 """Images with prompts, in three layouts on disk.
 
-    folder or .csv   metadata.csv with the columns image, prompt and (optional) seed: the published layout
+    folder or .csv   metadata.csv with the columns image (or file_name), prompt (or text) and, if wanted, seed: the
+                     published layouts; images that are no files are looked for in the .tar shards beside it
     imagefolder      metadata.jsonl with file_name and prompt, text or caption: Hugging Face's layout
     webdataset       .tar shards; of each sample an image and a .txt or a .json (prompt, text or caption; seed)
 
@@ -103,7 +104,7 @@ def _list(where: str, layout: str) -> list[TrainingImage]:
     path = Path(where)
     shards = sorted(glob.glob(str(path / "*.tar") if path.is_dir() else where))
     if layout == "auto":
-        if path.suffix == ".csv" or (path / "metadata.csv").exists():
+        if path.suffix == ".csv" or _table_in(path) is not None:
             layout = "csv"
         elif path.suffix == ".jsonl" or (path / "metadata.jsonl").exists():
             layout = "imagefolder"
@@ -114,16 +115,72 @@ def _list(where: str, layout: str) -> list[TrainingImage]:
     if layout == "webdataset":
         found = [image for shard in shards for image in _read_shard(shard)]
     else:
-        table = path / ("metadata.csv" if layout == "csv" else "metadata.jsonl") if path.is_dir() else path
+        table = path
+        if path.is_dir():
+            table = (_table_in(path) or path / "metadata.csv") if layout == "csv" else path / "metadata.jsonl"
         try:
             with open(regular(table), newline="", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file) if layout == "csv" else filter(str.strip, file))
         except DAMAGED as error:
             raise UserError(f"can't read {table}: {error}") from error
         found = [_of_row(row, table, number) for number, row in enumerate(rows, 1)]
+        beside = sorted(map(str, table.parent.glob("*.tar"))) if layout == "csv" else []
+        if beside:
+            found = _in_shards(found, table.parent, beside)
     if not found:
         raise UserError(f"{path} names no images; check data.path and data.layout")
     return found
+
+
+def _table_in(folder: Path) -> Path | None:
+    """metadata.csv, or beside shards the only other .csv that has columns of images and prompts."""
+    if (folder / "metadata.csv").exists():
+        return folder / "metadata.csv"
+    tables = [path for path in folder.glob("*.csv") if _has_columns(path)] if any(folder.glob("*.tar")) else []
+    return tables[0] if len(tables) == 1 else None
+
+
+def _has_columns(table: Path) -> bool:
+    try:
+        with open(regular(table), newline="", encoding="utf-8-sig") as file:
+            columns = next(csv.reader(file), [])
+    except DAMAGED:
+        return False
+    return not {"image", "file_name"}.isdisjoint(columns) and not set(PROMPT_KEYS).isdisjoint(columns)
+
+
+def _in_shards(images: list[TrainingImage], folder: Path, shards: list[str]) -> list[TrainingImage]:
+    """``images`` of a table; those that are no files are the members of ``shards`` whose paths end as theirs do.
+
+    An image that neither is there stays as it is, and counts as unreadable.
+    """
+    members: dict[str, tuple[str, tarfile.TarInfo] | None] = {}  # by each end of a path; None: there are two of it
+    for shard in shards:
+        try:
+            with open(regular(shard), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                with contextlib.suppress(tarfile.ReadError):  # what a shard that ends early has lost is unreadable
+                    for member in tar:
+                        if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                            for end in _ends(member.name):
+                                members[end] = None if end in members else (shard, member)
+        except DAMAGED as error:
+            raise UserError(f"can't read the shard {shard}: {error}") from error
+    found = []
+    for image in images:
+        if not Path(image.file).is_file():
+            name = image.file.removeprefix(f"{folder}/")
+            match = next((members[end] for end in _ends(name) if members.get(end)), None)
+            if match is not None:
+                shard, member = match
+                image = replace(image, file=shard, member=member.name, offset=member.offset_data, length=member.size)
+        found.append(image)
+    return found
+
+
+def _ends(path: str) -> list[str]:
+    """``a/b/c``, ``b/c`` and ``c``."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _of_row(row: dict | str, table: Path, number: int) -> TrainingImage:
