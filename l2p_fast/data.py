@@ -38,7 +38,7 @@ def taxonomy(args: argparse.Namespace) -> int:
     if args.grow:
         model = language_model(args, wanted=True)
         before = len(found.categories)
-        found = grow(found, args.grow, model, args.seed, print)
+        found = grow(found, args.grow, model, print)
         print(f"{len(found.categories) - before} new categories; {model.usage.line()}")
     sizes, before = found.sizes(), ""
     for name, topclass in found.subclasses().items():
@@ -181,7 +181,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = steps.add_parser("taxonomy", parents=[known, llm], help="count categories, check them, add some by a model")
     sub.add_argument("--grow", type=int, metavar="N", help="add up to N categories to each sub-class")
-    sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", metavar="FILE", help="where to write the taxonomy")
     sub.set_defaults(run=taxonomy)
 

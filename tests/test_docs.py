@@ -13,7 +13,12 @@ from l2p_fast import convert, data, sample, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]}
-PARSERS = {"sample": sample.build_parser, "train": train.parser, "convert": convert.build_parser, "data": data.build_parser}
+PARSERS = {
+    "sample": sample.build_parser,
+    "train": train.parser,
+    "convert": convert.build_parser,
+    "data": data.build_parser,
+}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

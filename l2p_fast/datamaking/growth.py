@@ -40,7 +40,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def grow(taxonomy: Taxonomy, more: int, model: Model, seed: int, say: Callable[[str], None]) -> Taxonomy:
+def grow(taxonomy: Taxonomy, more: int, model: Model, say: Callable[[str], None]) -> Taxonomy:
     """``taxonomy`` with up to ``more`` categories in every sub-class, the smallest groups first.
 
     Raises:
@@ -48,7 +48,7 @@ def grow(taxonomy: Taxonomy, more: int, model: Model, seed: int, say: Callable[[
     """
     words, known = WordList(), {core(c.en) for c in taxonomy.categories} | {c.zh for c in taxonomy.categories}
     room = Counter({name: more for name in taxonomy.subclasses()})
-    questions = list(_questions(taxonomy, more, seed))
+    questions = list(_questions(taxonomy, more))
     refused: Counter[str] = Counter()
     grown: list[Category] = []
     for answer in tqdm(
@@ -79,7 +79,7 @@ def _problem(en: str, zh: str, words: WordList) -> str:
     return (words.find(en) or words.find(zh) or ("", ""))[1]
 
 
-def _questions(taxonomy: Taxonomy, more: int, seed: int) -> Sequence[Question]:
+def _questions(taxonomy: Taxonomy, more: int) -> Sequence[Question]:
     groups: dict[tuple[str, str], list[Category]] = {}
     for category in taxonomy.categories:
         groups.setdefault((category.subclass, category.group), []).append(category)
@@ -92,5 +92,5 @@ def _questions(taxonomy: Taxonomy, more: int, seed: int) -> Sequence[Question]:
             there = "\n".join(f"{category.en} | {category.zh}" for category in some)
             place = subclass + (f", {some[0].group}" if some[0].group else "")
             task = f"Name {wanted} new categories beside these of {place}:\n{there}"
-            found.append(Question(some[0], RULES, task, SCHEMA, seed + number))
+            found.append(Question(some[0], RULES, task, SCHEMA, len(taxonomy.categories) + number))
     return found

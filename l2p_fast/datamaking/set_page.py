@@ -125,11 +125,12 @@ def write_page(out: Path, facts: Facts, prompts: Sequence[Prompt], taxonomy: Tax
         Path(__file__).with_name("set_page.html").read_text(encoding="utf-8")
     )
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "l2p_fast"}):
+        known = bool(facts.covered)  # prompts from elsewhere have no categories and no styles
         plots = {
-            "subclasses": _svg(_draw_subclasses, facts),
-            "lengths": _svg(_draw_lengths, facts),
-            "styles": _svg(_draw_styles, facts),
-            "coverage": _svg(_draw_coverage, facts),
+            "By sub-class and language": known and _svg(_draw_subclasses, facts),
+            "By style": len(facts.styles) > 1 and _svg(_draw_styles, facts),
+            "Lengths": _svg(_draw_lengths, facts),
+            "How evenly the categories are covered": known and _svg(_draw_coverage, facts),
         }
     generator = random.Random(0)
     samples, chosen = [], []
