@@ -30,6 +30,7 @@ from l2p_fast.training.data import list_images
 from l2p_fast.training.parallel import start
 
 from .corpus import draw_corpus, write_table
+from .fit import fast_dtype
 from .ldm import random_pictures
 from .score import BATCH, from_pipeline, measure
 from .scorer import matches, read
@@ -165,7 +166,7 @@ def run(folder: Path, device: torch.device, steps: int, per_task: int, other: Pa
             finally:
                 workers.close()
             save_pipeline(folder, config, pipeline)
-        model = L2PPipeline.from_pretrained(pipeline, dtype=torch.bfloat16).to(device)
+        model = L2PPipeline.from_pretrained(pipeline, dtype=fast_dtype(device)).to(device)
         sample = from_pipeline(model, GRID * one.patch_size)
         scores, _ = measure(one.name, prompts, sample, BATCH if one.patch_size == 16 else 2)
         error, deviation = picture_error(model, one.patch_size)

@@ -24,6 +24,7 @@ from l2p_fast.files import atomic_path
 from l2p_fast.ops import to_uint8
 
 from .autoencoder import PatchAutoencoder
+from .fit import fast_dtype
 from .ldm import BATCH, SIDE, random_pictures
 from .scorer import matches, read
 from .world import Prompt, draw, draw_scene
@@ -32,7 +33,7 @@ STEPS, GUIDANCE = 16, 2.0
 
 
 def load_source(folder: Path, device: torch.device) -> ZImagePipeline:
-    """The trained source model of ``folder``, in bf16.
+    """The trained source model of ``folder``, in the `fast_dtype` of ``device``.
 
     Raises:
         UserError: it has not been trained yet.
@@ -40,7 +41,7 @@ def load_source(folder: Path, device: torch.device) -> ZImagePipeline:
     if not (folder / "source").exists():
         raise UserError(f"no source model in {folder}; train it first: python -m examples.tiny ldm --folder {folder}")
     pipeline = ZImagePipeline.from_pretrained(
-        folder / "source", vae=PatchAutoencoder.from_pretrained(folder / "vae"), torch_dtype=torch.bfloat16
+        folder / "source", vae=PatchAutoencoder.from_pretrained(folder / "vae"), dtype=fast_dtype(device)
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

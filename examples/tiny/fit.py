@@ -17,6 +17,11 @@ from l2p_fast.files import atomic_path
 from l2p_fast.ops import cpu_has_fast_bf16
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where it is fast: on processors without it, matrix products take twenty times as long as in fp32."""
+    return torch.bfloat16 if device.type != "cpu" or cpu_has_fast_bf16() else torch.float32
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal (Jordan 2024), for weights of two or more axes; the axes after the first count as one.
 
@@ -51,9 +56,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(x: Tensor) -> Tensor:
     """Matrices (n, rows, columns) with their singular values brought near 1, by five Newton-Schulz steps."""
     tall = x.shape[1] > x.shape[2]
-    y = x.mT if tall else x
-    if y.is_cuda or cpu_has_fast_bf16():
-        y = y.bfloat16()
+    y = (x.mT if tall else x).to(fast_dtype(x.device))
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = y @ y.mT

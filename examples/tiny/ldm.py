@@ -27,12 +27,11 @@ from l2p_fast.files import atomic_path
 from l2p_fast.models.blocks import SEQUENCE_MULTIPLE
 from l2p_fast.models.text import tokenize
 from l2p_fast.models.zimage import L2PTransformer2DModel
-from l2p_fast.ops import cpu_has_fast_bf16
 from l2p_fast.sampling import flow
 
 from . import flat
 from .autoencoder import PatchAutoencoder
-from .fit import Optimizer, fit
+from .fit import Optimizer, fast_dtype, fit
 from .world import COLORS, COUNTS, RELATIONS, SHAPES, draw, draw_prompt, draw_scene, labels
 
 SIDE = 128
@@ -103,8 +102,7 @@ def build_transformer() -> ZImageTransformer2DModel:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where it is fast: on processors without it, it takes twenty times as long as fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or cpu_has_fast_bf16())
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
 
 
 def train_autoencoder(folder: Path) -> None:

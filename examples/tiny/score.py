@@ -20,6 +20,7 @@ from l2p_fast.sampling.pipeline import L2PPipeline, load_pipeline
 
 from . import looks
 from .corpus import load_source, sample_source
+from .fit import fast_dtype
 from .ldm import SIDE
 from .scorer import matches, read
 from .world import TASKS, Prompt, draw, draw_scene, evaluation_prompts
@@ -86,7 +87,8 @@ def bundled_sheet(out: Path, device: torch.device, side: int, large: int, cell: 
     """
 
     def drawn(side: int, prompts: Sequence[str]) -> Iterator[Image.Image]:
-        pictures = from_pipeline(load_pipeline(find_model(None, side).path).to(device), side)
+        model = find_model(None, side).path
+        pictures = from_pipeline(load_pipeline(model, torch_dtype=fast_dtype(device), device=device), side)
         for seed, text in enumerate(prompts, start=1):
             yield pictures([text], [seed])[0]
 
@@ -152,7 +154,7 @@ def run(folder: Path, device: torch.device, per_task: int, sides: dict[int, list
     }
     for name, patch in (("tiny-1k", 16), ("tiny-4k", 64), ("l2p-16", 16), ("l2p-64", 64)):
         if (folder / name).exists():
-            pipeline = L2PPipeline.from_pretrained(folder / name, torch_dtype=torch.bfloat16).to(device)
+            pipeline = L2PPipeline.from_pretrained(folder / name, dtype=fast_dtype(device)).to(device)
             look = LOOK_SIDES[:3] if patch == 16 else LOOK_SIDES[1:]
             models[name] = functools.partial(from_pipeline, pipeline), look, sides[patch]
     path = folder / "score.json"

@@ -220,9 +220,9 @@ def save_pipeline(folder: Path, config: Config, result: Path) -> None:
     model.load_state_dict(model.state_dict() | load_file(Path(config.run) / "trained-ema.safetensors"))
     source = load_source(folder, torch.device("cpu"))
     pipeline = L2PPipeline(
-        transformer=model.to(torch.bfloat16), text_encoder=source.text_encoder, tokenizer=source.tokenizer,
-        scheduler=make_scheduler(config.objective.shift), default_steps=16, default_guidance_scale=2.0,
-        coarse_size=GRID, coarse_strength=COARSE_STRENGTH,
+        transformer=model.to(torch.bfloat16), text_encoder=source.text_encoder.to(torch.bfloat16),
+        tokenizer=source.tokenizer, scheduler=make_scheduler(config.objective.shift), default_steps=16,
+        default_guidance_scale=2.0, coarse_size=GRID, coarse_strength=COARSE_STRENGTH,
     )  # fmt: skip
     with atomic_path(result) as temporary:
         pipeline.save_pretrained(temporary)
