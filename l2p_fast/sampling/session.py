@@ -216,7 +216,8 @@ class Session:
                         width=request.width,
                         num_inference_steps=request.steps,
                         guidance_scale=request.guidance,
-                        shift=request.shift,
+                        # the scheduler's own is left to it: some take none from outside
+                        shift=None if request.shift == pipe.default_shift else request.shift,
                         generator=torch.Generator().manual_seed(request.seed),
                         cfg_batch=_CFG_BATCH[request.cfg_batch],
                         coarse_size=request.coarse_size,
