@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import FieldError, Parser, UserError, run_cli
+from .errors import FieldError, UserError, run_cli
+from .evaluation.arguments import build_parser, check_scoring
 from .evaluation.scorefiles import read_scores
 from .evaluation.suites import EACH, SAMPLERS, WAYS, Work, plan, read_tasks, tasks_of, write_lists
-from .evaluation.table import Row, markdown, save_table
+from .evaluation.table import Row, markdown, pivot, save_table
 from .sampling.facts import ModelFacts, check_memory, check_text_encoder, find_model
 from .sampling.jobs import read_prompts
 from .sampling.request import Request, Setup, check_number, check_size, choose
@@ -29,80 +30,6 @@ if TYPE_CHECKING:
     from .sampling.session import Session
 
 GRID_PROMPTS = ("a red star above two blue circles", "a black square", "three green triangles", "a black ring")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="l2p evaluate", description="Draw and score images.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in EACH:
-        sub = commands.add_parser(name, help=f"draw and score {name if name != 'prompts' else 'a file of prompts'}")
-        sub.add_argument("prompts", help="the benchmark's prompts: its file, or for dpg its folder")
-        sub.add_argument("--num-images", type=int, help=f"of each prompt (default: {EACH[name]})")
-        sub.add_argument("--scores", help="what the benchmark's own scorer wrote")
-        sub.add_argument("--shard", default="1/1", help="N/M: draw the N-th of M parts, on one of M machines")
-        if name == "pixverve":
-            sub.add_argument("--caption", default="long", help="which caption is drawn: long (default) or short")
-        add_drawing(sub)
-        add_scoring(sub, out_required=True)
-    sub = commands.add_parser("folder", help="score the images in a folder")
-    sub.add_argument("folder")
-    add_scoring(sub)
-    sub = commands.add_parser("compare", help="score two folders, and their difference")
-    sub.add_argument("first")
-    sub.add_argument("second")
-    add_scoring(sub)
-    sub = commands.add_parser("grid", help="does the patch grid show? by sampler, guidance and remedy")
-    sub.add_argument("--prompts-file", help="one prompt a line (default: four for the bundled models)")
-    sub.add_argument("--num-images", type=int, help="of each prompt (default: 1)")
-    sub.add_argument("--samplers", default="euler", help="euler, stochastic, heun, unipc; several with commas")
-    sub.add_argument("--guidances", help="guidance scales, with commas (default: the model's)")
-    sub.add_argument("--ways", default="none,roll,pad", help="how the grid moves: none, roll, pad (default: all three)")
-    add_drawing(sub, guidance=False)
-    add_scoring(sub, out_required=True)
-    return parser
-
-
-def add_drawing(parser: argparse.ArgumentParser, guidance: bool = True) -> None:
-    """Options of drawing, which mean what they mean to `l2p sample`."""
-    add = parser.add_argument
-    texts = ("model", "text-encoder", "negative", "dtype", "attention", "quantize", "offload", "cfg-batch")
-    for name in texts:
-        add(f"--{name}", help="as of l2p sample")
-    for name in ("res", "height", "width", "steps", "seed", "coarse-size"):
-        add(f"--{name}", type=int, help="as of l2p sample" + (" (default: 0)" if name == "seed" else ""))
-    for name in (*(["guidance"] if guidance else []), "shift", "coarse-strength", "head-memory-mb"):
-        add(f"--{name}", type=float, help="as of l2p sample")
-    add("--compile", action="store_true", default=None, help="as of l2p sample")
-
-
-def add_scoring(parser: argparse.ArgumentParser, out_required: bool = False) -> None:
-    add = parser.add_argument
-    add("--out", required=out_required, help="folder of images and tables (folder, compare: of the tables alone)")
-    add("--reference", help="folder of images that FID compares with; needs --inception")
-    add("--inception", help="torch-fidelity's weights of Inception v3: FID, FID-patch, Inception Score")
-    add("--resize", type=int, default=0, help="side in pixels that both sets are brought to for FID (default: as is)")
-    add("--clip", help="transformers folder of a CLIP: CLIP score")
-    add("--long-clip", help="folder of a Long-CLIP, FG-CLIP or FG-CLIP 2: CLIP score of long captions")
-    add("--lpips", help="torchvision's weights of AlexNet or VGG-16: diversity of the images of a prompt")
-    add("--captions", help="CSV or JSON lines with image and prompt (default: what our images say of themselves)")
-    add("--period", type=int, help="of the patch grid in px; 0: not measured (default: the model's patch, if known)")
-    add("--cache", help="folder of computed features (default: features in --out; else none)")
-    add("--resamples", type=int, default=200, help="of the bootstrap (default: 200)")
-    add("--device", help="as of l2p sample; the networks of scores run there, too")
-
-
-def check_scoring(args: argparse.Namespace) -> None:
-    """What can be wrong before torch is imported."""
-    for name, least, most in (("resamples", 2, 1_000_000), ("resize", 0, 65536), ("period", 0, 65536)):
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            raise FieldError(name, f"must be from {least} to {most}, got {value}")
-    if args.reference is not None and args.inception is None:
-        raise UserError("--reference is for FID, which needs --inception as well")
-    for name, folder in (("reference", 1), ("inception", 0), ("clip", 1), ("long_clip", 1), ("lpips", 0)):
-        given = getattr(args, name)
-        if given is not None and not (Path(given).is_dir() if folder else Path(given).is_file()):
-            raise FieldError(name, f"{given} is not a {'folder' if folder else 'file'}")
 
 
 def settle(args: argparse.Namespace) -> tuple[Setup, Request, ModelFacts]:
@@ -189,11 +116,15 @@ def run_suite(args: argparse.Namespace) -> None:
         return
     from .evaluation.imagesets import items_of_works
 
+    if suite == "pixverve" and not args.resize and request.height == request.width:
+        args.resize = request.height  # what its scorer brings the real images to
     judges = load_judges(args, (model.patch_size or 0) if args.period is None else args.period)
-    if suite == "pixverve" and judges.reference:  # only what is in both, in the benchmark's order
+    items = items_of_works(suite, works, out)
+    if suite == "pixverve" and judges.reference:  # what is in both, in the benchmark's order
         held = {item.path.stem: item for item in judges.reference}
-        judges.reference = [held[task.key] for task in tasks if task.key in held]
-    rows += judged(items_of_works(suite, works, out), judges, args.resamples)
+        items = [item for item in items if item.path.stem in held]
+        judges.reference = [held[item.path.stem] for item in items]
+    rows += judged(items, judges, args.resamples)
     tell(rows, args.out, suite=suite, model=model.name, prompts=len(tasks), request=request.as_dict())
 
 
@@ -214,6 +145,8 @@ def run_folders(args: argparse.Namespace) -> None:
 
 def run_grid(args: argparse.Namespace) -> None:
     """Draw with every combination of sampler, guidance and way of moving the grid, and measure."""
+    from .evaluation.imagesets import items_of_works
+
     setup, request, model = settle(args)
     check_number("num_images", args.num_images)
     prompts = read_prompts("prompts_file", args.prompts_file) if args.prompts_file else GRID_PROMPTS
@@ -223,22 +156,18 @@ def run_grid(args: argparse.Namespace) -> None:
         scales = [float(text) for text in args.guidances.split(",")] if args.guidances else [None]
     except ValueError:
         raise FieldError("guidances", f"must be numbers with commas, got {args.guidances!r}; try 1,2,4") from None
-    period, each = args.period or model.patch_size or 16, args.num_images or 1
-    rows, session = [], None
+    judges, tasks, session = load_judges(args, args.period or model.patch_size or 16), tasks_of(prompts), None
+    found: dict[str, list[Row]] = {}
     for sampler, scale, way in itertools.product(samplers, scales, ways):
-        label = f"{sampler}, guidance {'default' if scale is None else format(scale, 'g')}, {way}"
+        label = f"{sampler}, guidance {'as the model has it' if scale is None else format(scale, 'g')}, {way}"
         out = Path(args.out) / re.sub(r"[^\w.]+", "-", label)
-        tasks = tasks_of(prompts)
-        works = plan("prompts", tasks, replace(request, guidance=scale), each, out)
+        works = plan("prompts", tasks, replace(request, guidance=scale), args.num_images or 1, out)
         session = draw(session, setup, works, sampler, way)
-        from .evaluation.imagesets import items_of_works
-
-        judges = load_judges(args, period)
-        rows += [
-            replace(row, name=f"{label}: {row.name}")
-            for row in judged(items_of_works("prompts", works, out), judges, args.resamples)
-        ]
-    tell(rows, args.out, model=model.name, period=period, request=request.as_dict())
+        found[label] = judged(items_of_works("prompts", works, out), judges, args.resamples)
+    print(pivot(found), end="")
+    rows = [replace(row, name=f"{label}: {row.name}") for label, rows in found.items() for row in rows]
+    save_table(rows, Path(args.out), {"model": model.name, "request": request.as_dict()}, pivot(found))
+    print(f"wrote {Path(args.out) / 'scores.md'} and scores.json")
 
 
 def main(argv: list[str] | None = None) -> int:

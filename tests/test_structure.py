@@ -30,6 +30,7 @@ ROWS = (
     ("quantize",),
     ("loading",),
     ("sampling",),
+    ("evaluation",),
     ("training", "serving", "datamaking"),
 )
 RANK = {part: rank for rank, parts in enumerate(ROWS) for part in parts}

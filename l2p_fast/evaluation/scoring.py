@@ -64,7 +64,7 @@ class Judges:
         return self.names.get(judge, judge)
 
 
-_LOADERS = {"inception": load_inception, "clip": load_clip, "long_clip": load_clip, "lpips": load_lpips}
+LOADERS = {"inception": load_inception, "clip": load_clip, "long_clip": load_clip, "lpips": load_lpips}
 
 
 def load_judges(
@@ -88,7 +88,7 @@ def load_judges(
         raise FieldError("device", f"{kind}: torch {torch.__version__} sees none; try {{device}} cpu") from error
     judges = Judges(resize=resize, period=period, device=place, cache=Cache(None if cache is None else Path(cache)))
     for name, path in paths.items():
-        setattr(judges, name, _LOADERS[name](path, place))
+        setattr(judges, name, LOADERS[name](path, place))
         judges.names[name] = weights_name(name, path)
     if reference is not None:
         judges.reference = items_of_folder(reference)

@@ -150,6 +150,16 @@ class LogConfig:
 
 
 @dataclass
+class GateConfig:
+    """A score of the images of log.prompts; the checkpoint with the best one is kept."""
+
+    every: int = 0  # steps between two scores; 0: none
+    by: Literal["grid", "clip", "fid"] = "grid"  # patch grid (nearest to none), CLIP score (highest), FID (lowest)
+    weights: str = ""  # clip: a CLIP's folder; fid: Inception's weights
+    reference: str = ""  # fid: folder of images to compare with
+
+
+@dataclass
 class Config:
     run: str = ""  # folder of everything that the run writes
     steps: int = 10000
@@ -169,6 +179,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self):
         if self.freeze.policy == "":
@@ -191,7 +202,7 @@ BOUNDS: dict[str, tuple[float | None, float]] = {
     "optim.weight_decay": (0, 1000), "optim.warmup": (0, 99_999_999), "optim.clip": (0, 1e9),
     "optim.max_skipped": (1, 1_000_000), "ema.decay": (0, 1), "ema.every": (1, 1_000_000),
     "memory.head_mb": (ABOVE_ZERO, 1e6), "log.sample_every": (0, 99_999_999), "log.sample_steps": (1, 10_000),
-    "log.guidance": (0, 1000), "log.height": (1, 65536), "log.width": (1, 65536),
+    "log.guidance": (0, 1000), "log.height": (1, 65536), "log.width": (1, 65536), "gate.every": (0, 99_999_999),
 }  # fmt: skip
 
 
@@ -339,6 +350,13 @@ def check(config: Config) -> None:
         raise UserError("optim.clip needs all gradients at once; switch optim.fused or optim.clip off")
     if config.model.compute == "float32" and config.model.weights == "bfloat16":
         raise UserError("model.compute=float32 needs model.weights=float32")
+    gate = config.gate
+    if gate.every and not config.log.prompts:
+        raise UserError("gate.every scores the images of log.prompts; give some, as in log.prompts='[a red star]'")
+    if gate.every and gate.by != "grid" and not gate.weights:
+        raise UserError(f"gate.by={gate.by} needs gate.weights: {'a CLIP folder' if gate.by == 'clip' else 'a file'}")
+    if gate.every and gate.by == "fid" and (not gate.reference or len(config.log.prompts) < 2):
+        raise UserError("gate.by=fid needs gate.reference, a folder of images, and 2 of log.prompts or more")
     if config.parallel.hybrid and not config.parallel.fsdp:
         raise UserError("--hybrid is a way of sharding; add --fsdp")
 

@@ -24,13 +24,14 @@ from .build import autocast, build, check_base
 from .config import Config, LoraConfig, as_dict, write_config
 from .data import Batch, Features, Stream, TrainingImage, list_images, make_buckets, make_features
 from .ema import EMA
+from .gate import Gate
 from .monitor import Monitor, free_memory
 from .objective import SIGMA_BUCKETS, losses
 from .optim import AdamW
 from .pairs import write_trained
 from .parallel import Workers, local, replicas
 from .run import RunFolder
-from .sheets import Sheets
+from .sheets import Sheets, side_by_side
 from .state import RunState
 
 # A checkpoint can only go on under the settings that gave its tensors their meaning.
@@ -70,6 +71,7 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
     if workers.first:
         write_config(config, run.path / "config.yaml")
     copies = max((replicas(p) for p in trained.values()), default=1)
+    gate = Gate(run.path, config, model.patch_size, state.step, workers)
     monitor = Monitor(run.path, config, state.step, workers)
     for note in notes:
         monitor.say(f"warning: {note}")
@@ -88,7 +90,7 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
         state.updates, state.data = optimizer.steps, stream.state()
         state.config, state.world = as_dict(config), workers.world
         state.take_rng()
-        checkpoints.save(run.path, tensors, state, config.keep, workers)
+        checkpoints.save(run.path, tensors, state, config.keep, workers, gate.best)
         return state.step
 
     saved = state.step if place is not None and place == run.last() else -1
@@ -127,12 +129,17 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
                 epoch=stream.epoch, seconds=told.seconds, skipped=state.skipped, bad=len(stream.bad),
                 bad_names=new_bad,
             )  # fmt: skip
-            if state.step % config.save_every == 0:
+            if state.step % config.save_every == 0 or gate.due(state.step):
                 saved = save()
-            if sheets.due(state.step):
-                sheet = sheets.draw(lambda: halt.agree(workers), monitor.say)
-                if sheet is not None:
-                    monitor.show(state.step, sheet)
+            if sheets.due(state.step) or gate.due(state.step):
+                drawn = sheets.draw(lambda: halt.agree(workers), monitor.say)
+                if drawn and gate.due(state.step) and saved == state.step:
+                    score = gate.judge(state.step, drawn, monitor.say)
+                    if score is not None:
+                        monitor.tell(state.step, f"gate/{gate.by}", score)
+                        checkpoints.prune(run.path, config.keep, gate.best)
+                if drawn and sheets.due(state.step) and workers.first:
+                    monitor.show(state.step, side_by_side(drawn))
         if saved != state.step:
             saved = save()
         if state.skipped_in_row:
@@ -141,7 +148,7 @@ def _train(config: Config, workers: Workers, run: RunFolder, resume: str) -> boo
         kept = f"step {saved} is saved" if saved >= 0 else "nothing is saved yet"
         monitor.say(f"stopped by a signal; {kept}, the same command goes on")
     elif workers.first:
-        export(run, average)
+        export(run, average, gate.best)
     return not halt.agreed
 
 
@@ -248,7 +255,7 @@ def open_data(config: Config, workers: Workers) -> tuple[list[TrainingImage], Fe
     """The images and their text features, made where they are missing (each process its part)."""
     images = workers.share(list_images(config.data) if workers.first else None)
     features = Features(config.data.features or Path(config.run) / "features")
-    empty = [""] if config.data.caption_dropout or config.log.sample_every else []
+    empty = [""] if config.data.caption_dropout or config.log.sample_every or config.gate.every else []
     missing = features.missing([*empty, *(image.prompt for image in images), *config.log.prompts])
     workers.wait()
     if missing:
@@ -303,12 +310,14 @@ def last_good(run: RunFolder) -> str:
     return f"the last good checkpoint is {last}" if last else "no checkpoint was saved"
 
 
-def export(run: RunFolder, average: EMA) -> None:
-    """Write the trained tensors and pairs (`l2p_fast.convert merge` puts them over the base), averaged ones beside."""
+def export(run: RunFolder, average: EMA, best: Path | None = None) -> None:
+    """Write the trained tensors and pairs (`l2p_fast.convert merge` puts them over the base).
+
+    Averaged ones, and those of the ``best`` checkpoint, go beside them.
+    """
     last = run.last()
     if last is None:
         raise UserError("no step had a finite loss and gradient: nothing is saved; lower optim.lr, or set optim.clip")
-    for ending, averaged in (("", False), ("-ema", True)):
-        if not averaged or average.average:
-            held = checkpoints.TrainedTensors(last, averaged)
-            write_trained(held, run.path, ending)
+    for ending, place, averaged in (("", last, False), ("-ema", last, True), ("-best", best, False)):
+        if place is not None and (not averaged or average.average):
+            write_trained(checkpoints.TrainedTensors(place, averaged), run.path, ending)

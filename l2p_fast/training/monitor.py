@@ -145,6 +145,13 @@ class Monitor:
             f"{line['images_per_second']:.2f} images/s, loss {self.smooth:.4f}, {line['memory_gb']:.1f} GB"
         )
 
+    def tell(self, step: int, name: str, value: float) -> None:
+        """Put one more number on the board."""
+        if hasattr(self.board, "add_scalar"):
+            self.board.add_scalar(name, value, step)
+        elif self.board is not None:
+            self.board.log({name: value}, step=step)
+
     def show(self, step: int, sheet: Image.Image) -> None:
         """Keep a sample sheet, and put it on the board, made smaller: `sheet` itself is changed."""
         with atomic_path(self.folder / "samples" / f"step-{step:08d}.png") as temporary:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,10 @@ class Sheets:
         log, multiple = config.log, model.size_multiple
         self.model, self.config, self.workers = model, config, workers
         self.every = log.sample_every if log.prompts else 0
-        if log.sample_every and (log.height % multiple or log.width % multiple):
+        gated = config.gate.every > 0
+        if (log.sample_every or gated) and (log.height % multiple or log.width % multiple):
             raise UserError(f"log.height and log.width must be multiples of {multiple}, got {log.height} x {log.width}")
-        if not self.every:
+        if not self.every and not gated:
             return
         from ..sampling.pipeline import L2PPipeline, make_scheduler
         from ..sampling.request import Request, Setup
@@ -52,11 +53,11 @@ class Sheets:
         """Whether ``step`` has a sheet."""
         return self.every > 0 and step % self.every == 0
 
-    def draw(self, stopping: Callable[[], bool], say: Callable[[str], None]) -> Image.Image | None:
-        """The sheet; None where this is not the first process.
+    def draw(self, stopping: Callable[[], bool], say: Callable[[str], None]) -> list[Image.Image] | None:
+        """The images, one a prompt.
 
-        On all processes at once there is none when ``stopping`` said so, and when an image is not finite: that is said,
-        and the training goes on.
+        There are none, on all processes at once, when ``stopping`` said so, and when an image is not finite: that is
+        said, and the training goes on.
 
         Raises:
             UserError: too little memory.
@@ -66,27 +67,28 @@ class Sheets:
             if stopping():
                 raise _Stopped
 
-        images = []
         try:
             with autocast(self.config, self.workers.device):
-                images = [self.session.draw(request, on_step).image for request in self.requests]
+                return [self.session.draw(request, on_step).image for request in self.requests]
         except _Stopped:
             return None
         except _TooLarge as error:
             raise UserError("too little memory for the sample sheets; lower log.height and log.width") from error
         except UserError as error:
-            say(f"warning: no sample sheet: {error}")
+            say(f"warning: no sample images: {error}")
             return None
         finally:
             if self.config.parallel.fsdp:
                 self.model.reshard()
-        if not self.workers.first:
-            return None
-        log = self.config.log
-        sheet = Image.new("RGB", (log.width * len(images), log.height))
-        for number, image in enumerate(images):
-            sheet.paste(image, (number * log.width, 0))
-        return sheet
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Images of one size as one sheet."""
+    width, height = images[0].size
+    sheet = Image.new("RGB", (width * len(images), height))
+    for number, image in enumerate(images):
+        sheet.paste(image, (number * width, 0))
+    return sheet
 
 
 class _Stopped(Exception):

@@ -32,6 +32,7 @@ from .shards import FILE, Damaged, Shards, digest_of, write
 
 STATE = "state.json"
 MAX_STATE = 1 << 28  # bytes of state.json, which names every unreadable image
+MAX_STEP = 99_999_999
 NAME = re.compile(r"step-\d{8}")  # of a checkpoint; nothing else in its folder is one
 MODEL, OPTIM, EMA = "model.", "optim.", "ema."
 
@@ -84,6 +85,11 @@ def folder_of(run: str | Path) -> Path:
     return Path(run) / "checkpoints"
 
 
+def place_of(run: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is, if there is one."""
+    return folder_of(run) / f"step-{step:08d}"
+
+
 def complete(run: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = folder_of(run)
@@ -91,13 +97,15 @@ def complete(run: str | Path) -> list[Path]:
     return sorted(path for path in found if NAME.fullmatch(path.name) and (path / STATE).is_file())
 
 
-def save(run: str | Path, tensors: dict[str, Tensor], state: RunState, keep: int, workers: Workers) -> Path:
-    """Write a checkpoint of ``state.step`` and remove all but the last ``keep``.
+def save(
+    run: str | Path, tensors: dict[str, Tensor], state: RunState, keep: int, workers: Workers, best: Path | None = None
+) -> Path:
+    """Write a checkpoint of ``state.step`` and remove all but the last ``keep`` and ``best``.
 
     Raises:
         UserError: it can't be written; what was there before is untouched.
     """
-    place = folder_of(run) / f"step-{state.step:08d}"
+    place = place_of(run, state.step)
     partial = place.with_name(f".{place.name}.partial")
     mine = f"rank-{workers.rank:05d}.safetensors"
     digests: dict[str, str] = {}
@@ -139,11 +147,17 @@ def save(run: str | Path, tensors: dict[str, Tensor], state: RunState, keep: int
             raise UserError(f"can't write the checkpoint {place}: {reason}") from failure
         digests = dict(sorted(workers.union(set(digests.items()))))
     if workers.first:
-        for old in complete(run)[:-keep]:
+        prune(run, keep, best)
+    return place
+
+
+def prune(run: str | Path, keep: int, best: Path | None = None) -> None:
+    """Remove all checkpoints but the last ``keep`` and ``best``; the first process alone does."""
+    for old in complete(run)[:-keep]:
+        if best is None or old.name != best.name:
             gone = old.with_name(f".{old.name}.partial")  # so that no half-removed one bears the name
             os.replace(old, gone)
             shutil.rmtree(gone, ignore_errors=True)
-    return place
 
 
 def read_state(path: str | Path) -> tuple[RunState, dict[str, str]]:
