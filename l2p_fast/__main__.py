@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "draw images of prompts",
     "train": "train a model",
     "data": "make training images: categories, prompts, a filter, images, a page about them",
+    "evaluate": "draw and score images: benchmarks, FID, CLIP, the patch grid",
     "convert": "make checkpoints out of checkpoints",
     "info": "what is installed, and how the kernels were built",
     "plot": "draw the curves of trainings",

@@ -29,7 +29,7 @@ BAND = 512  # rows at a time: an image of 10,240 px is no reason for many GB
 
 @dataclass(frozen=True)
 class Grid:
-    """What the meter reads of one image. A ratio is None where the image has too few such pairs, or no differences.
+    """What the meter reads of one image; None where it has too few such pairs, or no differences.
 
     Attributes:
         ratio: energy on borders over energy elsewhere, of all channels.
@@ -42,7 +42,7 @@ class Grid:
     channels: tuple[float | None, ...]
     dark: float | None
     smooth: float | None
-    step: float
+    step: float | None
 
     def as_dict(self) -> dict[str, float | None]:
         """The readings by name."""
@@ -79,7 +79,7 @@ def measure_grid(pixels: Tensor, period: int) -> Grid:
         tuple(every.ratio(channel) for channel in range(3)),
         kinds["dark"].ratio(),
         kinds["smooth"].ratio(),
-        255 * math.sqrt(max(0.0, on - off)),
+        None if every.ratio() is None else 255 * math.sqrt(max(0.0, on - off)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
@@ -31,7 +32,11 @@ def draw_works(session: Session, works: Sequence[Work]) -> None:
     """Draw every file of ``works`` and write it, whole or not at all."""
     session.pipeline.set_progress_bar_config(disable=True)
     for work in tqdm(works, desc="images", unit="file", disable=not sys.stderr.isatty()):
-        drawings = [session.draw(request) for request in work.requests]
+        drawings = []
+        for request in work.requests:
+            with torch.random.fork_rng():
+                torch.manual_seed(request.seed)  # of a sampler that draws noise at every step
+                drawings.append(session.draw(request))
         image = drawings[0].image
         if len(drawings) > 1:
             image = square([drawing.image for drawing in drawings])
