@@ -19,7 +19,7 @@ from .evaluation.arguments import build_parser, check_scoring
 from .evaluation.scorefiles import read_scores
 from .evaluation.suites import EACH, SAMPLERS, WAYS, Work, plan, read_tasks, tasks_of, write_lists
 from .evaluation.table import Row, markdown, pivot, save_table
-from .sampling.facts import ModelFacts, check_memory, check_text_encoder, find_model
+from .sampling.facts import ModelFacts, check_lora, check_memory, check_text_encoder, find_model
 from .sampling.jobs import read_prompts
 from .sampling.request import Request, Setup, check_number, check_size, choose
 from .startup import all_stays
@@ -38,15 +38,22 @@ def settle(args: argparse.Namespace) -> tuple[Setup, Request, ModelFacts]:
     if args.res is not None and (args.height is not None or args.width is not None):
         raise UserError("give --res or --height and --width, not both")
     if args.res is not None:
+        check_number("height", args.res, "res")
         given |= {"height": args.res, "width": args.res}
     request, setup = Request.from_dict({"prompt": "", "seed": 0} | given), Setup.from_dict(given)
     height, width = request.height or request.width, request.width or request.height
     model = find_model(setup.model, max(height, width) if height else None)
     check_text_encoder(setup.text_encoder, model)
+    for lora in setup.lora:
+        check_lora(lora)
     height, width = height or model.native_size, width or model.native_size
     for field, side in (("height", height), ("width", width)):
-        check_size(field, side, model.size_multiple)
+        try:
+            check_size(field, side, model.size_multiple)
+        except FieldError as error:
+            raise FieldError("res" if args.res is not None else field, error.problem) from None
     check_memory(height, width, model.size_multiple or 64)
+    setup = replace(setup, model=model.name)
     return setup, replace(request, height=height, width=width), model
 
 
@@ -64,7 +71,7 @@ def draw(
     session: Session | None, setup: Setup, works: Sequence[Work], sampler: str = "euler", way: str = "none"
 ) -> Session | None:
     """Draw what is missing; the session that did, if any had to."""
-    waiting = [work for work in works if not work.is_finished()]
+    waiting = [work for work in works if not work.is_finished(setup)]
     if len(waiting) < len(works):
         print(f"{len(works) - len(waiting)} of {len(works)} files are finished and skipped", flush=True)
     if waiting:
@@ -111,7 +118,7 @@ def run_suite(args: argparse.Namespace) -> None:
     rows = read_scores(suite, args.scores, tasks) if args.scores is not None else []
     draw(None, setup, works[int(part) - 1 :: int(parts)])
     write_lists(suite, works, out)
-    if not all(work.is_finished() for work in works):
+    if not all(work.is_finished(setup) for work in works):
         print("other parts are missing; once they are drawn, the same command scores all of them")
         return
     from .evaluation.imagesets import items_of_works

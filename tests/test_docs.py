@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from l2p_fast import convert, data, sample, train
+from l2p_fast import convert, data, evaluate, sample, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]}
@@ -18,6 +18,7 @@ PARSERS = {
     "train": train.parser,
     "convert": convert.build_parser,
     "data": data.build_parser,
+    "evaluate": evaluate.build_parser,
 }
 
 
@@ -45,6 +46,14 @@ def test_every_option_of_sample_is_documented():
     known = {option for action in sample.build_parser()._actions for option in action.option_strings}
     written = set(re.findall(r"--[a-z][a-z-]*", PAGES["sampling.md"]))
     assert known - {"-h", "--help"} <= written
+
+
+def test_every_option_of_evaluate_is_documented():
+    drawing = {option for action in sample.build_parser()._actions for option in action.option_strings}
+    [subparsers] = [action.choices for action in evaluate.build_parser()._actions if action.choices]
+    known = {o for sub in subparsers.values() for action in sub._actions for o in action.option_strings} - drawing
+    written = set(re.findall(r"--[a-z][a-z-]*", PAGES["evaluation.md"]))
+    assert {"--shard", "--ways"} <= known <= written
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "design.md"])

@@ -22,7 +22,7 @@ from l2p_fast.evaluation.scorefiles import grouped_row, read_scores
 from l2p_fast.evaluation.suites import plan, read_tasks
 from l2p_fast.evaluation.table import Row, markdown, pivot
 from l2p_fast.sampling import session
-from l2p_fast.sampling.request import Request
+from l2p_fast.sampling.request import Request, Setup
 
 torch.set_num_threads(1)
 
@@ -106,7 +106,7 @@ def test_geneval_2(run):
 
 
 @pytest.mark.parametrize("as_csv", [False, True])
-def test_dpg(run, as_csv):
+def test_dpg(run, model, as_csv):
     """One file a prompt; the four images are those of single drawings."""
     if as_csv:
         source = "dpg.csv"
@@ -130,7 +130,8 @@ def test_dpg(run, as_csv):
     assert Image.open("out/item.png").size == (64, 64) and all(map(np.array_equal, tiles, singles))
     Image.open("single/0000-a-red-star-0.png").save("out/item.png")  # a single image of the same request
     works = plan("dpg", read_tasks("dpg", source), Request("", 0, height=32, width=32), 4, Path("out"))
-    assert [work.path.stem for work in works if not work.is_finished()] == ["item"]
+    assert [work.path.stem for work in works if not work.is_finished(Setup(model=str(model)))] == ["item"]
+    assert not any(work.is_finished(Setup(model="another")) for work in works)
 
 
 def test_pixverve_prompts_and_clip(run, tmp_path, monkeypatch):
@@ -286,7 +287,7 @@ WRONG = [
     (["geneval", "blank.jsonl", "--out", "o"], "the prompt of 00000 is empty"),
     (["geneval", "empty.jsonl", "--out", "o"], "holds no prompts"),
     (["geneval", "good.jsonl"], "--out"),
-    (["geneval", "good.jsonl", "--out", "o", "--res", "33"], "--height must be a multiple of 16"),
+    (["geneval", "good.jsonl", "--out", "o", "--res", "33"], "--res must be a multiple of 16"),
     (["geneval", "good.jsonl", "--out", "o", "--num-images", "0"], "--num-images must be at least 1"),
     (["geneval", "good.jsonl", "--out", "o", "--num-images", "100001"], "--num-images must be at most"),
     (["geneval", "good.jsonl", "--out", "good.jsonl"], "good.jsonl is not a folder"),

@@ -50,6 +50,7 @@ def add_drawing(parser: argparse.ArgumentParser, guidance: bool = True) -> None:
         add(f"--{name}", type=int, help="as of l2p sample" + (" (default: 0)" if name == "seed" else ""))
     for name in (*(["guidance"] if guidance else []), "shift", "coarse-strength", "head-memory-mb"):
         add(f"--{name}", type=float, help="as of l2p sample")
+    add("--lora", action="append", metavar="FILE[:SCALE]", help="as of l2p sample")
     add("--compile", action="store_true", default=None, help="as of l2p sample")
 
 

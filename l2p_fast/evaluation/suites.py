@@ -27,9 +27,9 @@ from typing import Any
 from ..errors import FieldError, UserError
 from ..files import atomic_path, near_path
 from ..formats.header import parse_json
-from ..sampling.drawing import open_image
+from ..sampling.drawing import open_image, read_settings
 from ..sampling.jobs import LARGEST_FILE, Job, check_writable, is_finished, read_prompts, slug
-from ..sampling.request import RANGES, Request, check_text
+from ..sampling.request import RANGES, Request, Setup, check_text
 
 EACH = {"geneval": 4, "geneval2": 1, "dpg": 4, "pixverve": 1, "prompts": 1}  # images of a prompt, as published
 MAP = "images.json"  # of geneval2
@@ -64,10 +64,13 @@ class Work:
     requests: tuple[Request, ...]
     path: Path
 
-    def is_finished(self) -> bool:
-        """Whether the file holds what is asked for, whole."""
+    def is_finished(self, setup: Setup) -> bool:
+        """Whether the file holds what is asked for, whole, by the model and the LoRAs that ``setup`` names."""
         first = self.requests[0]
-        if not is_finished(Job(first, self.path), any_seed=False):
+        if not is_finished(Job(first, self.path), setup, any_seed=False):
+            return False
+        settings = read_settings("out", str(self.path))
+        if (settings.get("model"), settings.get("quantize")) != (setup.model, setup.quantize):
             return False
         side = 2 if len(self.requests) > 1 else 1
         return open_image("out", str(self.path)).size == (side * first.width, side * first.height)

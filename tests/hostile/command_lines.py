@@ -126,6 +126,11 @@ def other_cases() -> list[Case]:
             Case("l2p_fast.train", ("bad.yaml", "--run", value)),
             Case("l2p_fast.train", ("--dry-run", value + "=1")),
             Case("l2p_fast.train", ("--resume", value, "bad.yaml")),
+            Case("l2p_fast.evaluate", ("geneval", value, "--out", "o")),
+            Case("l2p_fast.evaluate", ("dpg", value, "--out", "o")),
+            Case("l2p_fast.evaluate", ("prompts", "prompts.txt", "--res=16", "--out", value)),
+            Case("l2p_fast.evaluate", ("prompts", "prompts.txt", "--res=16", "--out=o", "--clip", value)),
+            Case("l2p_fast.evaluate", ("geneval2", "text.txt", "--out=o", "--scores", value)),
             Case("l2p_fast.info", (value,)) if value else Case("l2p_fast.info", ("--nothing",)),
             Case("examples.tiny", (value,)),
             Case("examples.tiny", ("sheet", "--device", value or "x")),
@@ -138,6 +143,10 @@ def other_cases() -> list[Case]:
             Case("l2p_fast.train", ("--dry-run", f"--processes={value}"), "--processes"),
             Case("l2p_fast.train", ("--dry-run", f"--device-gb={value}"), "--device-gb"),
         ]
+        for option in ("num-images", "resamples", "period", "res", "seed", "shard"):
+            cases.append(
+                Case("l2p_fast.evaluate", ("prompts", "prompts.txt", "--out=o", f"--{option}={value}"), option)
+            )
         for stage, option in (
             ("ldm", "minutes"), ("ldm", "vae-minutes"), ("ldm", "pictures"), ("corpus", "count"), ("ablate", "steps"),
             ("score", "per-task"), ("score", "sides-64"), ("sheet", "res"), ("transfer", "patch-size"),
@@ -152,6 +161,9 @@ def other_cases() -> list[Case]:
         Case("l2p_fast.convert", ("init", "text.txt", "--res=1k", "--patch-size=16", "--out=o"), "--patch-size"),
         Case("l2p_fast.train", ("--nothing",), "--nothing"),
         Case("l2p_fast.train", ("a.yaml", "b.yaml")),
+        Case("l2p_fast.evaluate", (), "COMMAND"),
+        Case("l2p_fast.evaluate", ("folder", "pipe", "--period=16")),
+        Case("l2p_fast.evaluate", ("folder", ".", "--period=16")),
         Case("l2p_fast", ("smaple",), "try sample"),
         Case("l2p_fast", ("../sample",), "../sample"),
         Case("l2p_fast", (INVALID,)),
