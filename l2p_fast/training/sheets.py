@@ -75,7 +75,7 @@ class Sheets:
         except _TooLarge as error:
             raise UserError("too little memory for the sample sheets; lower log.height and log.width") from error
         except UserError as error:
-            say(f"warning: no sample images: {error}")
+            say(f"warning: no sample sheet: {error}")
             return None
         finally:
             if self.config.parallel.fsdp:
