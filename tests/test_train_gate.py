@@ -15,10 +15,10 @@ pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[
 
 from l2p_fast.errors import UserError
 from l2p_fast.evaluation import scoring
-from l2p_fast.training import gate as gates
+from l2p_fast.training import image_gate as gates
 from l2p_fast.training import state as checkpoints
 from l2p_fast.training.config import load_config
-from l2p_fast.training.gate import Gate, grid_score, read_gate
+from l2p_fast.training.image_gate import Gate, grid_score, read_gate
 from l2p_fast.training.parallel import Workers
 
 torch.set_num_threads(1)

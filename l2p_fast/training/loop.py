@@ -24,7 +24,7 @@ from .build import autocast, build, check_base
 from .config import Config, LoraConfig, as_dict, write_config
 from .data import Batch, Features, Stream, TrainingImage, list_images, make_buckets, make_features
 from .ema import EMA
-from .gate import Gate
+from .image_gate import Gate
 from .monitor import Monitor, free_memory
 from .objective import SIGMA_BUCKETS, losses
 from .optim import AdamW
