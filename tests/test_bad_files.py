@@ -479,7 +479,9 @@ COMMANDS = {
     "merge: other patch": (
         bad_delta({"all_x_embedder.64-1.bias": torch.zeros(64)}), "same patch size",
     ),
-    "merge: a lora": (lambda folder: ["merge", lora(folder), "--base", save(folder, good(), "b.safetensors")], "LoRA"),
+    "merge: a broken lora": (
+        lambda folder: ["merge", lora(folder), "--base", save(folder, good(), "b.safetensors")], "don't fit each other",
+    ),
     "merge: base is latent": (
         lambda folder: ["merge", save(folder, {KEY: torch.zeros(2)}, "d.safetensors"), "--base", latent_file(folder)],
         "convert init",

@@ -35,7 +35,9 @@ def world(tmp_path):
 def test_pairs_alone(world):
     """They alone are trained and written, and over the base they are what was trained."""
     run, folder = world
-    run(*LORA, "freeze.policy=", "steps=3", "ema.decay=0.5")
+    sheets = ("log.sample_every=3", "log.prompts=[picture 1]", "log.sample_steps=1", "log.height=32", "log.width=32")
+    run(*LORA, "freeze.policy=", "steps=3", "ema.decay=0.5", *sheets)
+    assert (folder / "run/samples/step-00000003.png").exists()
     assert not (folder / "run" / "trained.safetensors").exists()
     lora = load_file(folder / "run" / "lora.safetensors")
     assert len(lora) == 2 * 7 * BLOCKS == len(load_file(folder / "run" / "lora-ema.safetensors"))

@@ -25,6 +25,7 @@ from l2p_fast.training.config import load_config
 from l2p_fast.training.freeze import freeze
 from l2p_fast.training.objective import losses
 from l2p_fast.training.optim import AdamW
+from l2p_fast.training.pairs import add_pairs, targets
 from l2p_fast.quantize.frozen import quantize_frozen
 
 torch.set_num_threads(1)
@@ -41,7 +42,8 @@ def resident():
 
 def measure(steps=2):
     model = build_empty(sizes)
-    freeze(model, config.freeze)
+    freeze(model, config.freeze, bool(config.lora.rank))
+    add_pairs(model, targets(model, config.lora), config, torch.float32)
     told = memory.expected(config, model)
     warm = torch.nn.Conv2d(4, 4, 3)(torch.randn(1, 4, 32, 32)).sum()  # the libraries' own buffers
     warm.backward()
@@ -79,6 +81,8 @@ measure()
 SETTINGS = {
     "plain": ["optim.kind=adamw", "memory.checkpointing=false"],
     "checkpointed": ["optim.kind=adamw", "freeze.policy=full"],
+    "pairs": ["optim.kind=adamw", "lora.rank=32", "model.frozen_bits=8"],
+    "pairs, kept": ["optim.kind=adamw", "lora.rank=128", "memory.checkpointing=false"],
     "saving": ["optim.kind=adamw8bit", "optim.fused=true", "model.frozen_bits=8", "freeze.n=4"],
 }
 
