@@ -71,17 +71,41 @@ __device__ T* dynamic_shared() {
 
 constexpr int64_t kSharedBytes = 96 * 1024;  // of dynamic shared memory, on every architecture from sm_80 on
 
+// More than 48 KB, static shared memory included, must be asked for: always as much, so that threads can't lower each
+// other's limit. Where the device has less than is needed, the launch says so.
+template <typename... Wanted>
+cudaError_t allow_shared(void (*kernel)(Wanted...), int64_t shared) {
+  if (shared <= 47 * 1024) return cudaSuccess;
+  const int64_t bytes = shared < kSharedBytes ? kSharedBytes : shared;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// Null, or what went wrong.
+inline const char* told(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // told here: not again by whoever asks next
+  return cudaGetErrorString(error);
+}
+
+// How many blocks the current device holds at once. Null, or what went wrong.
+template <typename... Wanted>
+const char* resident_blocks(void (*kernel)(Wanted...), int threads, int64_t shared, int64_t& count) {
+  int device = 0, processors = 0, each = 0;
+  cudaError_t error = allow_shared(kernel, shared);
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, static_cast<size_t>(shared));
+  }
+  count = static_cast<int64_t>(processors) * each;
+  return told(error);
+}
+
 // Launches on `stream` (a cudaStream_t) of the current device. Null, or what went wrong.
 template <typename... Wanted, typename... Given>
 const char* launch(void (*kernel)(Wanted...), dim3 grid, dim3 block, int64_t shared, void* stream,
                    const Given&... given) {
-  cudaError_t error = cudaSuccess;
-  // More than 48 KB, static shared memory included, must be asked for: always as much, so that threads can't lower each
-  // other's limit. Where the device has less than is needed, the launch says so.
-  if (shared > 47 * 1024) {
-    const int64_t bytes = shared < kSharedBytes ? kSharedBytes : shared;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  }
+  cudaError_t error = allow_shared(kernel, shared);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
@@ -90,9 +114,7 @@ const char* launch(void (*kernel)(Wanted...), dim3 grid, dim3 block, int64_t sha
     config.stream = static_cast<cudaStream_t>(stream);
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Wanted>(given)...);
   }
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // told here: not again by whoever asks next
-  return cudaGetErrorString(error);
+  return told(error);
 }
 
 // Blocks of `threads` that have one thread for each of `count`.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -64,8 +65,8 @@ void check_floats(const Tensor& x, const Tensor& values, int64_t count, const ch
 
 void check_level(int64_t channels, int64_t width, int64_t start, int64_t stop, int64_t height) {
   STD_TORCH_CHECK(channels > 0 && channels % 2 == 0, "a level has an even number of channels");
-  STD_TORCH_CHECK(width % 2 == 0 && height % 2 == 0, "a level's picture has even sides");
-  STD_TORCH_CHECK(0 <= start && start <= stop && stop <= height, "rows must lie in the picture");
+  STD_TORCH_CHECK(width % 2 == 0 && height % 2 == 0, "a level's image has even sides");
+  STD_TORCH_CHECK(0 <= start && start <= stop && stop <= height, "rows must lie in the image");
 }
 
 const uint32_t* packed(const Tensor& weight) { return static_cast<const uint32_t*>(weight.data_ptr()); }
@@ -99,7 +100,8 @@ std::tuple<Tensor, Tensor> encode(const Tensor& x, const Tensor& weight, const T
   return {out, pooled};
 }
 
-template <Launch launch>
+// image_channels: the most that a level may have for the kernel to make the image without storing them.
+template <Launch launch, int64_t image_channels>
 Tensor decode(const Tensor& x, const Tensor& skip, const Tensor& weight, const Tensor& edge_weight,
               const Tensor& skip_weight, const Tensor& bias, const Tensor& edge_bias, std::optional<Tensor> out_weight,
               std::optional<Tensor> out_bias, int64_t channels, int64_t x_start, int64_t skip_start, int64_t start,
@@ -142,7 +144,11 @@ Tensor decode(const Tensor& x, const Tensor& skip, const Tensor& weight, const T
     level.out_weight = out_weight->data_ptr();
     level.out_bias = floats(*out_bias);
   }
-  (last ? level.picture : level.out) = out.data_ptr();
+  (last ? level.image : level.out) = out.data_ptr();
+  const bool stored = last && channels > image_channels;
+  const std::array<int64_t, 4> inner{level.batch, stored ? rows : 0, level.width, channels};
+  Tensor between = torch::stable::new_empty(skip, inner, scalar_type(level));
+  if (stored) level.out = between.data_ptr();
   if (level.batch * rows * level.width > 0) launch(level, skip);
   return out;
 }
@@ -155,7 +161,7 @@ void launch_cpu(const HeadLevel& level, const Tensor&) { head_kernel_cpu()(level
 STABLE_TORCH_LIBRARY_IMPL(l2p_fast, CPU, m) {
   if (head_kernel_cpu() == nullptr) return;
   m.impl("head_encode", TORCH_BOX(&encode<launch_cpu>));
-  m.impl("head_decode", TORCH_BOX(&decode<launch_cpu>));
+  m.impl("head_decode", TORCH_BOX((&decode<launch_cpu, std::numeric_limits<int64_t>::max()>)));
 }
 
 #ifdef L2P_WITH_CUDA
@@ -171,7 +177,7 @@ void launch_cuda(const HeadLevel& level, const Tensor& on) {
 
 STABLE_TORCH_LIBRARY_IMPL(l2p_fast, CUDA, m) {
   m.impl("head_encode", TORCH_BOX(&encode<launch_cuda>));
-  m.impl("head_decode", TORCH_BOX(&decode<launch_cuda>));
+  m.impl("head_decode", TORCH_BOX((&decode<launch_cuda, kImageChannels>)));
 }
 #endif
 

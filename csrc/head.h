@@ -15,12 +15,13 @@ namespace l2p {
 
 constexpr int64_t kBlock = 8;  // output channels that are packed together
 constexpr int64_t kTaps = 9;
+constexpr int64_t kImageChannels = 16;
 
-// A band of rows [start, ...) of one feature map, or the picture itself with any strides.
+// A band of rows [start, ...) of one feature map, or the image itself with any strides.
 struct Band {
   const void* data;
   Element type;
-  int64_t start;      // its first row in the whole picture
+  int64_t start;      // its first row in the whole image
   int64_t stride[4];  // B, row, column, channel, in elements
   int64_t channels;
 };
@@ -40,10 +41,11 @@ struct HeadLevel {
   const float* bias;              // (blocks * 8), with a coarse input (4 row types, blocks * 8)
   const float* edge_bias;         // (4 row types, 2, blocks * 8)
   // Results, each may be null: the level's output and its 2x2 maximum, dense; or, for the last level, three channels
-  // of out_weight (3, blocks * 8) x output + out_bias (3), as dense planes (B, 3, rows, W).
+  // of out_weight (3, blocks * 8) x output + out_bias (3), as dense planes (B, 3, rows, W). On CUDA `out` comes with
+  // `image` where the level has more than kImageChannels: the one is then made from the other.
   void* out;
   void* pooled;
-  void* picture;
+  void* image;
   const void* out_weight;
   const float* out_bias;
 };
@@ -54,7 +56,7 @@ L2P_HOST_DEVICE inline int64_t words(const HeadLevel& s, const Band& band) {
   return s.type == Element::f32 ? 2 * pairs(band) : pairs(band);
 }
 
-// First row, even row, odd row, last row of the picture.
+// First row, even row, odd row, last row of the image.
 L2P_HOST_DEVICE inline int64_t row_type(const HeadLevel& s, int64_t y) {
   return y == 0 ? 0 : y == s.height - 1 ? 3 : 1 + y % 2;
 }

@@ -285,7 +285,7 @@ class Worker {
         pixels += (sample * (rows / 2) + row / 2 - s_.start / 2) * columns_ * count_;
         to_pixels<V>(planes - row_words(), 2 * pitch_, columns_, count_, pixels, count_);
       }
-      if (s_.picture != nullptr) {
+      if (s_.image != nullptr) {
         for (int64_t c = 0; c < 3; ++c) draw(planes, c, ((sample * 3 + c) * rows + row - s_.start) * columns_);
       }
     }
@@ -496,7 +496,7 @@ class Worker {
           }
         }
       }
-      V::store_interleaved(static_cast<uint32_t*>(s_.picture) + (at + x) * 2 / V::kPer, columns_ - x, sums);
+      V::store_interleaved(static_cast<uint32_t*>(s_.image) + (at + x) * 2 / V::kPer, columns_ - x, sums);
     }
   }
 

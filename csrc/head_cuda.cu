@@ -1,10 +1,18 @@
-// One level of the Detailer Head on tensor cores, a tile a block.
+// One level of the Detailer Head on tensor cores, by blocks that stay and take tile after tile.
 //
-// A tile is kTileColumns columns of the half-size picture, so 64 of the level's, and twice `rows` of its rows. Threads copy
-// the window of either input to shared memory (the fine one with even and odd columns apart), each warp then makes two rows
-// of the output, 2 x 2 phases of 32 columns, 16 channels at a time: for every tap and 16 input channels an m16n8k16 product
-// of 16 columns. Weights are read through the L1 cache, where all warps of a block meet; the sums stay in registers over
-// all taps. The outputs meet in shared memory, from where they are stored, pooled, or mapped to the picture.
+// A tile is 16 x 32 outputs (8 x 16 of the half-size image) of up to 16 channels; a level of more channels is several
+// blocks' work. It is summed up stage by stage: a stage is 16 channels of one input, whose window comes to shared memory
+// in the background while the stage before is multiplied. All weights of a block lie in shared memory from the start,
+// sorted for ldmatrix; where they don't fit, each stage brings its own.
+//
+// A warp makes 4 rows of the tile. One fragment of 16 columns, loaded by one ldmatrix, meets all weights that it is
+// multiplied with: three tap rows times 8 or 16 outputs, of a half-size input times four phases, too. Even and odd
+// columns lie apart, so that a fragment of the level's own size has one phase. Sums stay in registers until they are
+// stored, pooled, or mapped to the image.
+//
+// The image's first and last row and column have decoder weights of their own. What these add is summed up apart, by
+// those few warps that see an edge.
+#include "activation.cuh"
 #include "cuda.cuh"
 #include "head.h"
 #include "index.h"
@@ -13,25 +21,116 @@
 namespace l2p {
 namespace {
 
-constexpr int kTileColumns = 32;
-constexpr int kLevelColumns = 2 * kTileColumns;
-constexpr int kColumnSteps = kTileColumns / 16;
-constexpr int kFineColumns = kTileColumns + 1;    // of either parity, with the one beyond the tile
-constexpr int kCoarseColumns = kTileColumns + 2;  // one beyond on either side
-constexpr int kBlocksAtOnce = 2;
-constexpr int kMaxTileRows = 4;
-constexpr int kNothing = -1;
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTileColumns = 16;  // of the half-size image
+constexpr int kTileRows = 2 * kWarps;
+constexpr int kRows = 4;   // of the level, a warp's
+constexpr int kPairs = 8;  // of channels: what a product sums over
 
-// Fragments of mma.m16n8k16 with 16-bit inputs, as PTX lays them out over the lanes: a register of A holds two
-// neighbouring inputs (a pair) of one column, of B two inputs of one output, of C one output of one column.
-__device__ int a_column(int lane, int reg) { return lane / 4 + reg % 2 * 8; }
-__device__ int a_pair(int lane, int reg) { return lane % 4 + reg / 2 * 4; }
-__device__ int b_pair(int lane, int reg) { return lane % 4 + reg * 4; }
-__device__ int b_output(int lane) { return lane / 4; }
-__device__ int c_column(int lane, int reg) { return lane / 4 + reg / 2 * 8; }
-__device__ int c_output(int lane, int reg) { return lane % 4 * 2 + reg % 2; }
+// Blocks that share a processor's registers: of decoders two, as of all on sm_120, whose shared memory holds no more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kEncoders = 2;
+#else
+constexpr int kEncoders = 3;
+#endif
+constexpr int kDecoders = 2;
 
-// Two values as a pair of bfloat16, and back.
+// Windows in shared memory, in units of 16 bytes: 8 channels of a pixel, or of a narrow input (4 channels at most) two
+// pixels. A row of the level's size is its even columns from 0 on, then its odd ones from -1 on.
+constexpr int kWindowRows = 2 * kTileRows + 2;
+constexpr int kFineOdd = 2 * (kTileColumns + 1);
+constexpr int kFineRow = 2 * kFineOdd;
+constexpr int kCoarseRow = 2 * (kTileColumns + 2);  // from column -1 on
+constexpr int kNarrowRow = kTileColumns + 2;        // from column -2 on
+constexpr int kFineUnits = kWindowRows * kFineRow;
+constexpr int kCoarseUnits = (kTileRows + 2) * kCoarseRow;
+constexpr int kNarrowUnits = kWindowRows * kNarrowRow;
+
+// Where 8 channels of a column lie in its row: 8 columns from anywhere on, read at once, meet in no bank.
+__device__ int unit_of(int column, int half) { return 2 * column + (half ^ (column >> 2 & 1)); }
+
+// What a lane gives to ldmatrix for the fragment of 16 columns from `first` on: registers 0 and 1 get inputs 0 to 7 of
+// columns 0 to 7 and 8 to 15, registers 2 and 3 the other inputs.
+__device__ int lane_unit(int lane, int first) { return unit_of(lane % 16 + first, lane / 16); }
+
+// Fragments of weights, 16 inputs by 8 outputs, are 16 units: 8 outputs with inputs 0 to 7, then with 8 to 15. ldmatrix
+// loads two. In which order, `weights_of` says.
+constexpr int kFragment = 16;
+constexpr int even(int count) { return count + count % 2; }
+constexpr int fine_fragments(int blocks, bool narrow) { return even((narrow ? 6 : 9) * blocks); }
+constexpr int coarse_fragments(int blocks) { return 36 * blocks; }
+
+enum class Reading {
+  scalars,  // any strides, any type
+  vectors,  // 16 bytes at once, in the background
+  planes,   // pairs of float32 pixels, to a narrow window
+};
+
+struct Input {
+  Reading reading;
+  int chunks;  // of 16 channels
+};
+
+struct Layout {
+  Input fine, coarse;
+  int height, width, start, stop, blocks;  // the level's
+  int across, down;                        // tiles of a sample
+  int tiles;                               // numbered over (sample, row, column), column fastest
+  int groups;                              // of outputs, each a block's
+  bool resident;                           // all weights at once
+  int weights, window;                     // units of a block's weights, of one of two windows
+};
+
+Reading reading_of(const Band& band, int64_t batch, bool narrow) {
+  const int64_t rows[2] = {batch > 1 ? band.stride[0] : 0, band.stride[1]};
+  const auto all = [&](int64_t of, int64_t column) { return rows[0] % of == 0 && rows[1] % of == 0 && column % of == 0; };
+  const auto address = reinterpret_cast<uintptr_t>(band.data);
+  if (band.type == Element::bf16 && band.stride[3] == 1 && address % 16 == 0) {
+    if (narrow && band.channels == 4 && band.stride[2] == 4 && all(8, 0)) return Reading::vectors;
+    if (!narrow && band.channels % 8 == 0 && all(8, band.stride[2])) return Reading::vectors;
+  }
+  const bool pairs = narrow && band.type == Element::f32 && band.stride[2] == 1 && address % 8 == 0;
+  return pairs && all(2, band.stride[3]) ? Reading::planes : Reading::scalars;
+}
+
+bool is_narrow(const Band& band) { return band.channels <= 4; }
+int chunks(const Band& band) { return static_cast<int>((band.channels + 15) / 16); }
+
+// For blocks that make `blocks` times 8 outputs.
+Layout layout_of(const HeadLevel& s, int of_blocks) {
+  const bool narrow = is_narrow(s.fine);
+  Layout l{};
+  l.fine = {reading_of(s.fine, s.batch, narrow), narrow ? 1 : chunks(s.fine)};
+  if (s.coarse.channels > 0) l.coarse = {reading_of(s.coarse, s.batch, false), chunks(s.coarse)};
+  l.height = static_cast<int>(s.height), l.width = static_cast<int>(s.width);
+  l.start = static_cast<int>(s.start), l.stop = static_cast<int>(s.stop);
+  l.across = (l.width / 2 + kTileColumns - 1) / kTileColumns;
+  l.down = ((l.stop + 1) / 2 - l.start / 2 + kTileRows - 1) / kTileRows;
+  l.tiles = static_cast<int>(s.batch) * l.down * l.across;
+  l.blocks = static_cast<int>(blocks(s));
+  l.groups = (l.blocks + of_blocks - 1) / of_blocks;
+  l.window = narrow ? kNarrowUnits : kFineUnits;
+  if (l.coarse.chunks > 0 && l.window < kCoarseUnits) l.window = kCoarseUnits;
+  const int fine = fine_fragments(of_blocks, narrow) * kFragment, coarse = coarse_fragments(of_blocks) * kFragment;
+  l.weights = l.fine.chunks * fine + l.coarse.chunks * coarse;
+  l.resident = (l.weights + 2 * l.window) * 16 <= kSharedBytes;
+  if (!l.resident) l.weights = l.coarse.chunks > 0 ? coarse : fine;
+  return l;
+}
+
+struct Tile {
+  int sample;
+  int row, column;  // of the half-size image
+};
+
+__device__ Tile tile_at(const Layout& l, int index) {
+  const Divided column = divided(index, l.across), line = divided(column.quotient, l.down);
+  return {static_cast<int>(line.quotient), l.start / 2 + static_cast<int>(line.remainder) * kTileRows,
+          static_cast<int>(column.remainder) * kTileColumns};
+}
+
+// Two values as a pair of bfloat16.
 __device__ uint32_t pair_of(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   uint32_t word;
@@ -55,318 +154,636 @@ __device__ uint32_t larger_pair(uint32_t a, uint32_t b) {
   return a;
 }
 
-__device__ float silu_of(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
-
-// Where things lie in a tile's shared memory, in words. A pitch of 4 modulo 8 words between neighbouring columns lets a
-// fragment be read without bank conflicts, as does 2 modulo 4 in the output, which is written every other column.
-struct TileLayout {
-  int rows;  // of the half-size picture
-  int fine_pitch, coarse_pitch, out_pitch;
-  int fine_steps, coarse_steps;  // of 8 pairs
-  int coarse_at, out_at, offsets_at, words;
+// --- Windows -----------------------------------------------------------------------------------------------------------
+// What a band holds of what is wanted: `rows` rows from `first` on, columns [0, width).
+struct Held {
+  int first, rows, width;
 };
 
-int input_pitch(int64_t pairs) {
-  return static_cast<int>(pairs) + (12 - static_cast<int>(pairs % 8)) % 8;
+__device__ Held held_fine(const Layout& l) {
+  const int first = l.start > 0 ? l.start - 1 : 0, last = l.stop < l.height ? l.stop + 1 : l.height;
+  return {first, last - first, l.width};
 }
-int steps_of(int64_t pairs) { return static_cast<int>((kTaps * pairs + 7) / 8); }
-
-TileLayout tile_layout(const HeadLevel& s, int rows) {
-  TileLayout l{};
-  const bool decoder = s.coarse.channels > 0;
-  l.rows = rows;
-  l.fine_pitch = input_pitch(pairs(s.fine));
-  l.coarse_pitch = decoder ? input_pitch(pairs(s.coarse)) : 0;
-  l.out_pitch = static_cast<int>(blocks(s)) * 4 + 2;
-  l.fine_steps = steps_of(pairs(s.fine));
-  l.coarse_steps = decoder ? steps_of(pairs(s.coarse)) : 0;
-  l.coarse_at = (2 * rows + 2) * 2 * kFineColumns * l.fine_pitch;
-  l.out_at = l.coarse_at + (rows + 2) * kCoarseColumns * l.coarse_pitch;
-  l.offsets_at = l.out_at + 2 * rows * kLevelColumns * l.out_pitch;
-  l.words = l.offsets_at + 8 * (2 * l.fine_steps + l.coarse_steps);
-  return l;
+__device__ Held held_coarse(const Layout& l) {
+  const int start = l.start / 2, stop = (l.stop + 1) / 2;
+  const int first = start > 0 ? start - 1 : 0, last = stop < l.height / 2 ? stop + 1 : l.height / 2;
+  return {first, last - first, l.width / 2};
 }
 
-// As many rows as fit, at most kMaxTileRows; 0: the level has too many channels.
-int tile_rows(const HeadLevel& s) {
-  for (int rows = kMaxTileRows; rows > 0; rows /= 2) {
-    if (tile_layout(s, rows).words * 4 <= kSharedBytes) return rows;
-  }
-  return 0;
-}
-
-// The tiles of a band: numbered over (sample, row, column), column fastest.
-struct Tile {
-  int64_t sample;
-  int64_t row, column;  // of the half-size picture
+// Where a window begins in the band, and which channels of it are wanted.
+struct Corner {
+  int sample, y, x, channel;
 };
 
-L2P_HOST_DEVICE int64_t tiles_across(const HeadLevel& s) { return (s.width / 2 + kTileColumns - 1) / kTileColumns; }
-L2P_HOST_DEVICE int64_t tiles_down(const HeadLevel& s, int rows) {
-  return ((s.stop + 1) / 2 - s.start / 2 + rows - 1) / rows;
-}
-int64_t tile_count(const HeadLevel& s, int rows) { return s.batch * tiles_down(s, rows) * tiles_across(s); }
-__device__ Tile tile_at(const HeadLevel& s, int rows, int64_t index) {
-  const Divided column = divided(index, tiles_across(s)), line = divided(column.quotient, tiles_down(s, rows));
-  return {line.quotient, s.start / 2 + line.remainder * rows, column.remainder * kTileColumns};
+__device__ int64_t offset_of(const Band& band, const Corner& c) {
+  return c.sample * band.stride[0] + (c.y - band.start) * band.stride[1] + c.x * band.stride[2] +
+         c.channel * band.stride[3];
 }
 
-// Word offset, from a tile column's own place, of pair q % pairs of tap q / pairs; kNothing beyond the last tap.
-__device__ int fine_offset(const TileLayout& l, int count, int phase, int q) {
-  if (q >= kTaps * count) return kNothing;
-  const int tap = q / count, x = phase + tap % 3 - 1;  // -1 .. 2 from the even column
-  const int odd = x & 1, column = (x >> 1) + odd;      // odd columns are held from -1 on
-  return ((tap / 3 * 2 + odd) * kFineColumns + column) * l.fine_pitch + q % count;
-}
-__device__ int coarse_offset(const TileLayout& l, int count, int q) {
-  if (q >= kTaps * count) return kNothing;
-  const int tap = q / count;
-  return (tap / 3 * kCoarseColumns + tap % 3) * l.coarse_pitch + q % count;
-}
-
-// Pair k of the pixel (y, x); zero outside a picture of height x width.
-__device__ uint32_t pair_at(const Band& band, int64_t sample, int64_t y, int64_t x, int64_t k, int64_t height,
-                            int64_t width) {
-  if (y < 0 || y >= height || x < 0 || x >= width) return 0;
-  const int64_t at = sample * band.stride[0] + (y - band.start) * band.stride[1] + x * band.stride[2] +
-                     2 * k * band.stride[3];
-  const bool both = 2 * k + 1 < band.channels;
-  if (band.type == Element::f32) {
-    const float* values = static_cast<const float*>(band.data);
-    return pair_of(values[at], both ? values[at + band.stride[3]] : 0.0f);
-  }
-  const uint16_t* values = static_cast<const uint16_t*>(band.data);
-  return values[at] | (both ? static_cast<uint32_t>(values[at + band.stride[3]]) << 16 : 0);
-}
-
-// First part of a tile, by all threads: inputs and offsets to shared memory. Rows that the band lacks, since no wanted row
-// needs them, become zero.
-__device__ void load_tile(const HeadLevel& s, const TileLayout& l, const Tile& tile, uint32_t* shared, int thread,
-                          int threads) {
-  const int fine = static_cast<int>(pairs(s.fine)), coarse = static_cast<int>(pairs(s.coarse));
-  for (int i = thread; i < (2 * l.rows + 2) * 2 * kFineColumns * fine; i += threads) {
-    const int k = i % fine, place = i / fine, column = place % kFineColumns, line = place / kFineColumns;
-    const int odd = line % 2;
-    const int64_t y = 2 * tile.row - 1 + line / 2, x = 2 * (tile.column + column - odd) + odd;
-    const bool wanted = y >= s.start - 1 && y <= s.stop;
-    shared[place * l.fine_pitch + k] = wanted ? pair_at(s.fine, tile.sample, y, x, k, s.height, s.width) : 0;
-  }
-  for (int i = thread; i < (l.coarse_steps > 0 ? (l.rows + 2) * kCoarseColumns * coarse : 0); i += threads) {
-    const int k = i % coarse, place = i / coarse, column = place % kCoarseColumns, line = place / kCoarseColumns;
-    const int64_t y = tile.row - 1 + line, x = tile.column - 1 + column;
-    const bool wanted = y >= s.start / 2 - 1 && y <= (s.stop + 1) / 2;
-    shared[l.coarse_at + place * l.coarse_pitch + k] =
-        wanted ? pair_at(s.coarse, tile.sample, y, x, k, s.height / 2, s.width / 2) : 0;
-  }
-  for (int i = thread; i < 8 * (2 * l.fine_steps + l.coarse_steps); i += threads) {
-    const int of_phase = 8 * l.fine_steps;
-    const int offset = i < 2 * of_phase ? fine_offset(l, fine, i / of_phase, i % of_phase)
-                                        : coarse_offset(l, coarse, i - 2 * of_phase);
-    shared[l.offsets_at + i] = static_cast<uint32_t>(offset);
-  }
-}
-
-// A fragment of 16 columns from `at` on, `pitch` words apart; `offset_of` gives those of the step's 8 pairs. `only`: the
-// one column that counts, or kNothing for all.
-template <typename Offset>
-__device__ void load_a(uint32_t (&a)[4], const uint32_t* at, int pitch, int lane, const Offset& offset_of,
-                       int only = kNothing) {
-#pragma unroll
-  for (int reg = 0; reg < 4; ++reg) {
-    const int offset = offset_of(a_pair(lane, reg)), column = a_column(lane, reg);
-    const bool counts = offset != kNothing && (only == kNothing || only == column);
-    a[reg] = counts ? at[column * pitch + offset] : 0;
-  }
-}
-
-// A fragment of 8 outputs: `weights` of a block from the step's first pair on, `left` pairs of which exist.
-__device__ void load_b(uint32_t (&b)[2], const uint32_t* weights, int left, int lane) {
-#pragma unroll
-  for (int reg = 0; reg < 2; ++reg) {
-    const int pair = b_pair(lane, reg);
-    b[reg] = pair < left ? __ldg(weights + pair * kBlock + b_output(lane)) : 0;
-  }
-}
-
-// Second part, by each warp: two rows of the level, from bias to SiLU, into shared memory.
-__device__ void compute_rows(const HeadLevel& s, const TileLayout& l, const Tile& tile, uint32_t* shared, int warp,
-                             int lane) {
-  const bool decoder = l.coarse_steps > 0;
-  const int fine = static_cast<int>(pairs(s.fine)), coarse = static_cast<int>(pairs(s.coarse));
-  const int64_t y = 2 * (tile.row + warp);
-  const int64_t types[2] = {decoder ? row_type(s, y) : 0, decoder ? row_type(s, y + 1) : 0};
-  const int* offsets = reinterpret_cast<const int*>(shared + l.offsets_at);
-  const int* coarse_offsets = offsets + 2 * 8 * l.fine_steps;
-  const uint32_t* coarse_row = shared + l.coarse_at + warp * kCoarseColumns * l.coarse_pitch;
-  // The picture's first and last column, as columns of this tile.
-  const int64_t edges[2] = {-tile.column, s.width / 2 - 1 - tile.column};
-
-  for (int64_t first = 0; first < blocks(s); first += kBlocksAtOnce) {
-    const int count = static_cast<int>(blocks(s) - first < kBlocksAtOnce ? blocks(s) - first : kBlocksAtOnce);
-    float sums[2][2][kColumnSteps][kBlocksAtOnce][4] = {};  // row, phase
-    for (int step = 0; step < l.fine_steps; ++step) {
-      uint32_t b[kBlocksAtOnce][2];
-#pragma unroll
-      for (int n = 0; n < kBlocksAtOnce; ++n) {
-        const int64_t at = (first + n) * kTaps * fine * kBlock + step * 8 * kBlock;
-        load_b(b[n], s.fine_weight + at, n < count ? kTaps * fine - 8 * step : 0, lane);
+// 8 channels from a corner on, of a narrow input 4 of it and of the next pixel; zero beyond what is there.
+template <bool narrow>
+__device__ uint4 unit_by_scalars(const Band& band, const Held& held, const Corner& c) {
+  uint64_t words[2] = {};
+  if (static_cast<unsigned>(c.y - held.first) < static_cast<unsigned>(held.rows) &&
+      static_cast<unsigned>(c.x) < static_cast<unsigned>(held.width)) {
+    const int64_t at = offset_of(band, c);
+    const auto value = [&](int64_t place) -> uint64_t {
+      return band.type == Element::f32 ? pair_of(static_cast<const float*>(band.data)[place], 0.0f)
+                                       : static_cast<const uint16_t*>(band.data)[place];
+    };
+#pragma unroll 1
+    for (int k = 0; k < 4 && c.channel + k < band.channels; ++k) {
+      const int64_t place = at + k * band.stride[3];
+      words[0] |= value(place) << (16 * k);
+      if (narrow) {
+        words[1] |= value(place + band.stride[2]) << (16 * k);
+      } else if (c.channel + k + 4 < band.channels) {
+        words[1] |= value(place + 4 * band.stride[3]) << (16 * k);
       }
+    }
+  }
+  return {static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[0] >> 32), static_cast<uint32_t>(words[1]),
+          static_cast<uint32_t>(words[1] >> 32)};
+}
+
+// The same of a narrow input whose channels are planes of float32.
+__device__ uint4 unit_by_planes(const Band& band, const Held& held, const Corner& c) {
+  float2 planes[4] = {};
+  if (static_cast<unsigned>(c.y - held.first) < static_cast<unsigned>(held.rows) &&
+      static_cast<unsigned>(c.x) < static_cast<unsigned>(held.width)) {
+    const float* values = static_cast<const float*>(band.data) + offset_of(band, c);
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
+    for (int k = 0; k < 4; ++k) {
+      if (k < band.channels) planes[k] = *reinterpret_cast<const float2*>(values + k * band.stride[3]);
+    }
+  }
+  return {pair_of(planes[0].x, planes[1].x), pair_of(planes[2].x, planes[3].x),
+          pair_of(planes[0].y, planes[1].y), pair_of(planes[2].y, planes[3].y)};
+}
+
+// kWindow rows from y on and columns from x - 1 on of 16 channels: kColumns of them and one more on either side. `unit`
+// says where in its row half a column's channels lie. The columns between are shared out evenly, the outer two apart.
+template <int kWindow, int kColumns, int kRow, typename Unit>
+__device__ void fetch_window(const Band& band, Reading reading, const Held& held, const Corner& corner, uint4* to,
+                             int thread, const Unit& unit) {
+  constexpr int kUnits = 2 * kColumns, kAtOnce = kThreads / kUnits;
+  static_assert(4 * kWindow <= kThreads);
+  if (reading != Reading::vectors) {
+#pragma unroll 1
+    for (int i = thread; i < kWindow * (kUnits + 4); i += kThreads) {
+      const int row = i / (kUnits + 4), column = i % (kUnits + 4) / 2 - 1, half = i % 2;
+      const Corner c{corner.sample, corner.y + row, corner.x + column, corner.channel + 8 * half};
+      to[row * kRow + unit(column, half)] = unit_by_scalars<false>(band, held, c);
+    }
+    return;
+  }
+  const int half = thread % 2;
+  Corner c{corner.sample, corner.y + thread / kUnits, corner.x + thread % kUnits / 2, corner.channel + 8 * half};
+  const auto rows_held = [&] {  // where column and channels are, too
+    const bool there = static_cast<unsigned>(c.x) < static_cast<unsigned>(held.width) && c.channel < band.channels;
+    return there ? static_cast<unsigned>(held.rows) : 0u;
+  };
+  const uint16_t* from = static_cast<const uint16_t*>(band.data) + offset_of(band, c);
+  uint4* place = to + thread / kUnits * kRow + unit(thread % kUnits / 2, half);
+  const unsigned row = static_cast<unsigned>(c.y - held.first), rows = rows_held();
 #pragma unroll
-        for (int phase = 0; phase < 2; ++phase) {
+  for (int i = 0; i < kWindow; i += kAtOnce) {
+    if (kWindow % kAtOnce == 0 || thread / kUnits + i < kWindow) {
+      copy_async(place + i * kRow, from, row + i < rows ? 16 : 0);
+    }
+    from += kAtOnce * band.stride[1];
+  }
+  if (thread < 4 * kWindow) {
+    const int outer = thread / 2 % 2 == 0 ? -1 : kColumns;
+    c.y = corner.y + thread / 4, c.x = corner.x + outer;
+    copy_async(to + thread / 4 * kRow + unit(outer, half), static_cast<const uint16_t*>(band.data) + offset_of(band, c),
+               static_cast<unsigned>(c.y - held.first) < rows_held() ? 16 : 0);
+  }
+}
+
+__device__ void fetch_narrow(const Band& band, Reading reading, const Held& held, const Corner& corner, uint4* to,
+                             int thread) {
+#pragma unroll 1
+  for (int i = thread; i < kNarrowUnits; i += kThreads) {
+    const Corner c{corner.sample, corner.y + i / kNarrowRow, corner.x + 2 * (i % kNarrowRow) - 2, 0};
+    if (reading == Reading::vectors) {
+      const bool inside = static_cast<unsigned>(c.y - held.first) < static_cast<unsigned>(held.rows) &&
+                          static_cast<unsigned>(c.x) < static_cast<unsigned>(held.width);
+      copy_async(to + i, static_cast<const uint16_t*>(band.data) + offset_of(band, c), inside ? 16 : 0);
+    } else {
+      to[i] = reading == Reading::planes ? unit_by_planes(band, held, c) : unit_by_scalars<true>(band, held, c);
+    }
+  }
+}
+
+// The window of one stage: of the fine input's chunks first, then of the coarse one's.
+template <bool narrow, bool decoder>
+__device__ void fetch(const HeadLevel& s, const Layout& l, const Tile& tile, int stage, uint4* to, int thread) {
+  if (decoder && stage >= l.fine.chunks) {
+    const Corner corner{tile.sample, tile.row - 1, tile.column, 16 * (stage - l.fine.chunks)};
+    fetch_window<kTileRows + 2, kTileColumns, kCoarseRow>(
+        s.coarse, l.coarse.reading, held_coarse(l), corner, to, thread,
+        [](int column, int half) { return unit_of(column + 1, half); });
+    return;
+  }
+  const Corner corner{tile.sample, 2 * tile.row - 1, 2 * tile.column, 16 * stage};
+  if (narrow) {
+    fetch_narrow(s.fine, l.fine.reading, held_fine(l), corner, to, thread);
+  } else {
+    fetch_window<kWindowRows, 2 * kTileColumns, kFineRow>(
+        s.fine, l.fine.reading, held_fine(l), corner, to, thread, [](int column, int half) {
+          const int odd = column & 1;
+          return odd * kFineOdd + unit_of((column >> 1) + odd, half);
+        });
+  }
+}
+
+// --- Weights -----------------------------------------------------------------------------------------------------------
+// The packed weights of one tap and 8 outputs.
+struct Packed {
+  const uint32_t* weights;
+  int at, pairs;  // no pairs: zeros
+};
+
+__device__ uint32_t word_of(const Packed& packed, int pair, int output) {
+  return pair < packed.pairs ? __ldg(packed.weights + (packed.at + pair * static_cast<int>(kBlock) + output)) : 0;
+}
+
+__device__ Packed packed_fine(const HeadLevel& s, const Layout& l, int block, int tap) {
+  const int count = static_cast<int>(pairs(s.fine)), taps = static_cast<int>(kTaps);
+  return {s.fine_weight, (block * taps + tap) * count * static_cast<int>(kBlock), block < l.blocks && tap < taps ? count : 0};
+}
+__device__ Packed packed_coarse(const HeadLevel& s, const Layout& l, int block, int type, int phase, int tap) {
+  const int count = static_cast<int>(pairs(s.coarse)), at = ((type * 2 + phase) * l.blocks + block) * 9 + tap;
+  return {s.coarse_weight, at * count * static_cast<int>(kBlock), block < l.blocks ? count : 0};
+}
+__device__ Packed packed_edge(const HeadLevel& s, const Layout& l, int block, int type, int side, int tap) {
+  const int count = static_cast<int>(pairs(s.coarse)), at = ((type * 2 + side) * l.blocks + block) * 3 + tap;
+  return {s.edge_weight, at * count * static_cast<int>(kBlock), block < l.blocks ? count : 0};
+}
+
+// Fragments of a stage: fine (tap, block); narrow (tap row, phase, block), where a product's 16 inputs are 4 pixels of
+// one row, from column -2 on for even columns and -1 for odd; coarse (tap column, row phase, tap row, phase, block).
+template <int NB, bool narrow, bool decoder>
+__device__ void load_weights(const HeadLevel& s, const Layout& l, int stage, int first, uint4* to, int thread) {
+  const bool fine = !decoder || stage < l.fine.chunks;
+  const int fragments = fine ? fine_fragments(NB, narrow) : coarse_fragments(NB);
+#pragma unroll 1
+  for (int i = thread; i < fragments * kFragment; i += kThreads) {
+    const int output = i % 8, half = i / 8 % 2, at = i / kFragment / NB;
+    const int block = first + i / kFragment % NB;
+    uint32_t words[4];
 #pragma unroll
-          for (int m = 0; m < kColumnSteps; ++m) {
-            uint32_t a[4];
-            load_a(a, shared + ((2 * warp + row) * 2 * kFineColumns + m * 16) * l.fine_pitch, l.fine_pitch, lane,
-                   [&](int pair) { return offsets[8 * (phase * l.fine_steps + step) + pair]; });
+    for (int k = 0; k < 4; ++k) {
+      if (narrow && fine) {
+        const int column = 2 * half + k / 2 - (at % 2 == 0), row = at / 2;
+        const bool there = column >= 0 && column < 3 && row < 3;
+        words[k] = there ? word_of(packed_fine(s, l, block, 3 * row + column), k % 2, output) : 0;
+      } else if (fine) {
+        words[k] = word_of(packed_fine(s, l, block, at), kPairs * stage + 4 * half + k, output);
+      } else {
+        const int phase = at % 2, tap_row = at / 2 % 3, row_phase = at / 6 % 2, tap_column = at / 12;
+        const Packed packed = packed_coarse(s, l, block, 1 + row_phase, phase, 3 * tap_row + tap_column);
+        words[k] = word_of(packed, kPairs * (stage - l.fine.chunks) + 4 * half + k, output);
+      }
+    }
+    to[i] = uint4{words[0], words[1], words[2], words[3]};
+  }
+}
+
+template <int NB, bool narrow>
+__device__ int weights_at(const Layout& l, int stage) {
+  if (!l.resident) return 0;
+  const int fine = stage < l.fine.chunks ? stage : l.fine.chunks;
+  return kFragment * (fine * fine_fragments(NB, narrow) + (stage - fine) * coarse_fragments(NB));
+}
+
+// --- Products ----------------------------------------------------------------------------------------------------------
+// A warp's sums: row of the level, phase (even or odd columns), block of outputs, and a fragment of mma.m16n8k16, which PTX
+// lays out so over the lanes: registers 0 and 1 are two outputs of column lane / 4, 2 and 3 of the one 8 further.
+template <int NB>
+using Sums = float[kRows][2][NB][4];
+
+__device__ int row_type(const Layout& l, int y) { return y == 0 ? 0 : y == l.height - 1 ? 3 : 1 + y % 2; }
+
+// Of a lane's two outputs; `kind` numbers the biases of all outputs.
+__device__ float2 bias_of(const float* biases, const Layout& l, int kind, int block, int lane) {
+  const int output = (kind * l.blocks + block) * static_cast<int>(kBlock) + lane % 4 * 2;
+  return *reinterpret_cast<const float2*>(biases + output);
+}
+
+// What sums begin with: the bias.
+template <int NB, bool decoder>
+__device__ void begin(Sums<NB>& sums, const HeadLevel& s, const Layout& l, int y, int block, int lane) {
 #pragma unroll
-            for (int n = 0; n < kBlocksAtOnce; ++n) multiply(sums[row][phase][m][n], a, b[n]);
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int n = 0; n < NB; ++n) {
+      float2 bias{};
+      if (block + n < l.blocks) bias = bias_of(s.bias, l, decoder ? row_type(l, y + row) : 0, block + n, lane);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[row][i / 4][n][i % 4] = i % 2 == 0 ? bias.x : bias.y;
+    }
+  }
+}
+
+// Two fragments of weights that were loaded together.
+__device__ void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&pair)[4], int half) {
+  const uint32_t b[2] = {pair[2 * half], pair[2 * half + 1]};
+  multiply(c, a, b);
+}
+
+template <int NB>
+__device__ void multiply_fine(Sums<NB>& sums, const uint4* window, const uint4* weights, int lane) {
+  constexpr int kLoads = fine_fragments(NB, false) / 2;
+  uint32_t b[kLoads][4];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) load_matrices(b[i], weights + 2 * kFragment * i + lane);
+#pragma unroll
+  for (int row = 0; row < kRows + 2; ++row) {
+#pragma unroll
+    for (int offset = 0; offset < 4; ++offset) {  // of columns -1 to 2 from an even one
+      uint32_t a[4];
+      load_matrices(a, window + row * kFineRow + (offset % 2 == 0 ? kFineOdd : 0) + lane_unit(lane, offset / 2));
+#pragma unroll
+      for (int phase = 0; phase < 2; ++phase) {
+        const int tap_column = offset - phase;
+        if (tap_column < 0 || tap_column > 2) continue;
+#pragma unroll
+        for (int tap_row = 0; tap_row < 3; ++tap_row) {
+          const int to = row - tap_row;
+          if (to < 0 || to >= kRows) continue;
+#pragma unroll
+          for (int n = 0; n < NB; ++n) {
+            const int fragment = (3 * tap_row + tap_column) * NB + n;
+            multiply_half(sums[to][phase][n], a, b[fragment / 2], fragment % 2);
           }
         }
       }
     }
-    for (int step = 0; step < l.coarse_steps; ++step) {
-      uint32_t a[kColumnSteps][4];
+  }
+}
+
+template <int NB>
+__device__ void multiply_narrow(Sums<NB>& sums, const uint4* window, const uint4* weights, int lane) {
+  constexpr int kLoads = fine_fragments(NB, true) / 2;
+  uint32_t b[kLoads][4];
 #pragma unroll
-      for (int m = 0; m < kColumnSteps; ++m) {
-        load_a(a[m], coarse_row + m * 16 * l.coarse_pitch, l.coarse_pitch, lane,
-               [&](int pair) { return coarse_offsets[8 * step + pair]; });
+  for (int i = 0; i < kLoads; ++i) load_matrices(b[i], weights + 2 * kFragment * i + lane);
+  // Of the four pixels, that which no tap reads becomes zero, as it may be no number.
+  const uint32_t first = lane % 4 < 2 ? 0 : 0xffffffffu, last = ~first;
+#pragma unroll
+  for (int row = 0; row < kRows + 2; ++row) {
+#pragma unroll
+    for (int phase = 0; phase < 2; ++phase) {
+      uint32_t a[4];
+      load_matrices(a, window + row * kNarrowRow + lane % 16 + lane / 16 + phase);
+      if (phase == 0) {
+        a[0] &= first, a[1] &= first;
+      } else {
+        a[2] &= last, a[3] &= last;
       }
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
+      for (int tap_row = 0; tap_row < 3; ++tap_row) {
+        const int to = row - tap_row;
+        if (to < 0 || to >= kRows) continue;
 #pragma unroll
-        for (int phase = 0; phase < 2; ++phase) {
-#pragma unroll
-          for (int n = 0; n < kBlocksAtOnce; ++n) {
-            uint32_t b[2];
-            const int64_t at =
-                ((types[row] * 2 + phase) * blocks(s) + first + n) * kTaps * coarse * kBlock + step * 8 * kBlock;
-            load_b(b, s.coarse_weight + at, n < count ? kTaps * coarse - 8 * step : 0, lane);
-#pragma unroll
-            for (int m = 0; m < kColumnSteps; ++m) multiply(sums[row][phase][m][n], a[m], b);
-          }
+        for (int n = 0; n < NB; ++n) {
+          const int fragment = (2 * tap_row + phase) * NB + n;
+          multiply_half(sums[to][phase][n], a, b[fragment / 2], fragment % 2);
         }
       }
     }
-    // The first column is even, the last odd: side and phase are one. What they add reads the middle tap column alone.
+  }
+}
+
+template <int NB>
+__device__ void multiply_coarse(Sums<NB>& sums, const uint4* window, const uint4* weights, int lane) {
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      if (!decoder || edges[side] < 0 || edges[side] >= kTileColumns) continue;
-      const int m = static_cast<int>(edges[side] / 16), only = static_cast<int>(edges[side] % 16);
-      for (int step = 0; 8 * step < 3 * coarse; ++step) {
-        uint32_t a[4];
-        const auto middle = [&](int pair) {
-          const int q = 8 * step + pair, tap = q / coarse * 3 + 1;
-          return q < 3 * coarse ? coarse_offset(l, coarse, tap * coarse + q % coarse) : kNothing;
-        };
-        load_a(a, coarse_row + m * 16 * l.coarse_pitch, l.coarse_pitch, lane, middle, only);
+  for (int tap_column = 0; tap_column < 3; ++tap_column) {
+    uint32_t a[kRows / 2 + 2][4];
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
+    for (int row = 0; row < kRows / 2 + 2; ++row) {
+      load_matrices(a[row], window + row * kCoarseRow + lane_unit(lane, tap_column));
+    }
 #pragma unroll
-          for (int n = 0; n < kBlocksAtOnce; ++n) {
-            uint32_t b[2];
-            const int64_t at =
-                ((types[row] * 2 + side) * blocks(s) + first + n) * 3 * coarse * kBlock + step * 8 * kBlock;
-            load_b(b, s.edge_weight + at, n < count ? 3 * coarse - 8 * step : 0, lane);
+    for (int row_phase = 0; row_phase < 2; ++row_phase) {
+      uint32_t b[3 * NB][4];
 #pragma unroll
-            for (int step_m = 0; step_m < kColumnSteps; ++step_m) {
-              if (step_m == m) multiply(sums[row][side][step_m][n], a, b);
+      for (int i = 0; i < 3 * NB; ++i) {
+        load_matrices(b[i], weights + 2 * kFragment * ((2 * tap_column + row_phase) * 3 * NB + i) + lane);
+      }
+#pragma unroll
+      for (int tap_row = 0; tap_row < 3; ++tap_row) {
+#pragma unroll
+        for (int phase = 0; phase < 2; ++phase) {
+#pragma unroll
+          for (int n = 0; n < NB; ++n) {
+            const int fragment = (2 * tap_row + phase) * NB + n;
+#pragma unroll
+            for (int row = 0; row < kRows / 2; ++row) {
+              multiply_half(sums[2 * row + row_phase][phase][n], a[row + tap_row], b[fragment / 2], fragment % 2);
             }
           }
         }
       }
     }
+  }
+}
+
+// A fragment of weights from where they lie packed.
+__device__ void load_packed(uint32_t (&b)[2], const Packed& packed, int first, int lane) {
+  b[0] = word_of(packed, first + lane % 4, lane / 4);
+  b[1] = word_of(packed, first + lane % 4 + 4, lane / 4);
+}
+
+// What differs in the image's first and last row (their weights take the place of other rows') and in its first and last
+// column, where the middle tap column reads all that counts, and the bias is another. `y`, `x`: the warp's first pixel;
+// `first`: the first pair of the coarse input's chunk.
+template <int NB>
+__device__ void multiply_edges(Sums<NB>& sums, const HeadLevel& s, const Layout& l, const uint4* window,
+                               int y, int x, int block, int first, int lane) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
+  for (int row = 0; row < kRows; ++row) {
+    const int type = row_type(l, y + row), usual = 1 + row % 2;
+    if (type == usual || y + row >= l.height) continue;
+#pragma unroll 1
+    for (int tap = 0; tap < kTaps; ++tap) {
+      uint32_t a[4], negative[4];
+      load_matrices(a, window + (row / 2 + tap / 3) * kCoarseRow + lane_unit(lane, tap % 3));
+#pragma unroll
+      for (int reg = 0; reg < 4; ++reg) negative[reg] = a[reg] ^ 0x80008000u;
 #pragma unroll
       for (int phase = 0; phase < 2; ++phase) {
 #pragma unroll
-        for (int m = 0; m < kColumnSteps; ++m) {
-#pragma unroll
-          for (int n = 0; n < kBlocksAtOnce; ++n) {
-            if (n >= count) continue;
-#pragma unroll
-            for (int reg = 0; reg < 4; reg += 2) {  // two registers are a pair of outputs
-              const int column = m * 16 + c_column(lane, reg);
-              const int64_t output = (first + n) * kBlock + c_output(lane, reg);
-              const int64_t bias = types[row] * blocks(s) * kBlock + output;
-              const int64_t edge_bias = (types[row] * 2 + phase) * blocks(s) * kBlock + output;
-              float values[2];
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                values[half] = sums[row][phase][m][n][reg + half] + s.bias[bias + half];
-                if (decoder && column == edges[phase]) values[half] += s.edge_bias[edge_bias + half];
-              }
-              const int place = (2 * warp + row) * kLevelColumns + 2 * column + phase;
-              shared[l.out_at + place * l.out_pitch + output / 2] = pair_of(silu_of(values[0]), silu_of(values[1]));
-            }
-          }
+        for (int n = 0; n < NB; ++n) {
+          uint32_t b[2];
+          load_packed(b, packed_coarse(s, l, block + n, type, phase, tap), first, lane);
+          multiply(sums[row][phase][n], a, b);
+          load_packed(b, packed_coarse(s, l, block + n, usual, phase, tap), first, lane);
+          multiply(sums[row][phase][n], negative, b);
         }
+      }
+    }
+  }
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {  // the first column is even, the last odd: side and phase are one
+    const int column = side == 0 ? -x / 2 : (l.width - x) / 2 - 1;
+    if (column < 0 || column >= kTileColumns) continue;
+    const uint32_t upper = column == lane / 4 ? 0xffffffffu : 0, lower = column == lane / 4 + 8 ? 0xffffffffu : 0;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (y + row >= l.height) continue;
+#pragma unroll 1
+      for (int tap_row = 0; tap_row < 3; ++tap_row) {
+        uint32_t a[4];
+        load_matrices(a, window + (row / 2 + tap_row) * kCoarseRow + lane_unit(lane, 1));
+        a[0] &= upper, a[1] &= lower, a[2] &= upper, a[3] &= lower;
+#pragma unroll
+        for (int n = 0; n < NB; ++n) {
+          uint32_t b[2];
+          load_packed(b, packed_edge(s, l, block + n, row_type(l, y + row), side, tap_row), first, lane);
+          multiply(sums[row][side][n], a, b);
+        }
+      }
+      if (first > 0) continue;
+#pragma unroll
+      for (int n = 0; n < NB; ++n) {
+        if (block + n >= l.blocks) continue;
+        const float2 bias = bias_of(s.edge_bias, l, 2 * row_type(l, y + row) + side, block + n, lane);
+        if (upper != 0) sums[row][side][n][0] += bias.x, sums[row][side][n][1] += bias.y;
+        if (lower != 0) sums[row][side][n][2] += bias.x, sums[row][side][n][3] += bias.y;
       }
     }
   }
 }
 
-// Third part, by all threads: from shared memory to the results.
-__device__ void store_tile(const HeadLevel& s, const TileLayout& l, const Tile& tile, const uint32_t* shared, int thread,
-                           int threads) {
-  const int count = static_cast<int>(s.channels / 2);
-  const int64_t rows = s.stop - s.start, y0 = 2 * tile.row, x0 = 2 * tile.column;
-  const uint32_t* out = shared + l.out_at;
-  for (int i = thread; s.out != nullptr && i < 2 * l.rows * kLevelColumns * count; i += threads) {
-    const int k = i % count, place = i / count;
-    const int64_t y = y0 + place / kLevelColumns, x = x0 + place % kLevelColumns;
-    if (y < s.start || y >= s.stop || x >= s.width) continue;
-    const int64_t pixel = (tile.sample * rows + y - s.start) * s.width + x;
-    static_cast<uint32_t*>(s.out)[pixel * count + k] = out[place * l.out_pitch + k];
-  }
-  for (int i = thread; s.pooled != nullptr && i < l.rows * kTileColumns * count; i += threads) {
-    const int k = i % count, column = i / count % kTileColumns, row = i / count / kTileColumns;
-    const int64_t y = tile.row + row, x = tile.column + column;
-    if (2 * y < s.start || 2 * y >= s.stop || 2 * x >= s.width) continue;
-    const uint32_t* upper = out + (2 * row * kLevelColumns + 2 * column) * l.out_pitch + k;
-    const uint32_t* lower = upper + kLevelColumns * l.out_pitch;
-    const int64_t pixel = (tile.sample * (rows / 2) + y - s.start / 2) * (s.width / 2) + x;
-    static_cast<uint32_t*>(s.pooled)[pixel * count + k] =
-        larger_pair(larger_pair(upper[0], upper[l.out_pitch]), larger_pair(lower[0], lower[l.out_pitch]));
-  }
-  for (int i = thread; s.picture != nullptr && i < 3 * 2 * l.rows * kLevelColumns; i += threads) {
-    const int place = i % (2 * l.rows * kLevelColumns), c = i / (2 * l.rows * kLevelColumns);
-    const int64_t y = y0 + place / kLevelColumns, x = x0 + place % kLevelColumns;
-    if (y < s.start || y >= s.stop || x >= s.width) continue;
-    const uint32_t* weights = static_cast<const uint32_t*>(s.out_weight) + c * blocks(s) * kBlock / 2;
-    float sum = s.out_bias[c];
-    for (int k = 0; k < count; ++k) {
-      const float2 value = values_of(out[place * l.out_pitch + k]), weight = values_of(weights[k]);
-      sum += value.x * weight.x + value.y * weight.y;
+// --- Results -----------------------------------------------------------------------------------------------------------
+// Among four neighbouring lanes: word i of lane j becomes word j of lane i. Each then holds 16 bytes in a row.
+__device__ void transpose(uint32_t (&words)[4], int lane) {
+#pragma unroll
+  for (int by = 1; by <= 2; by *= 2) {
+    const bool upper = lane & by;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & by) continue;
+      const uint32_t other =
+          __shfl_xor_sync(0xffffffffu, upper ? words[i] : words[i + by], by);
+      words[i] = upper ? other : words[i];
+      words[i + by] = upper ? words[i + by] : other;
     }
-    const int64_t pixel = ((tile.sample * 3 + c) * rows + y - s.start) * s.width + x;
-    static_cast<uint16_t*>(s.picture)[pixel] = static_cast<uint16_t>(pair_of(sum, 0.0f));
   }
 }
 
-__global__ void __launch_bounds__(kMaxTileRows * 32) head_kernel(HeadLevel level, TileLayout layout) {
-  uint32_t* shared = dynamic_shared<uint32_t>();
-  const Tile tile = tile_at(level, layout.rows, blockIdx.x);
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  load_tile(level, layout, tile, shared, thread, threads);
-  __syncthreads();
-  compute_rows(level, layout, tile, shared, thread / 32, thread % 32);
-  __syncthreads();
-  store_tile(level, layout, tile, shared, thread, threads);
+// 8 channels of four pixels, of which each of four lanes has a pair, to memory: `at(i)` is pixel i, negative: not wanted.
+template <typename At>
+__device__ void store_pixels(void* out, int64_t channels, int block, uint32_t (&words)[4], int lane, const At& at) {
+  if (channels % kBlock == 0) {
+    transpose(words, lane);
+    const int64_t pixel = at(lane % 4);
+    if (pixel < 0) return;
+    uint4* to = reinterpret_cast<uint4*>(static_cast<uint16_t*>(out) + pixel * channels + block * kBlock);
+    __stwb(to, uint4{words[0], words[1], words[2], words[3]});
+    return;
+  }
+  const int64_t pair = block * kBlock / 2 + lane % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (at(i) >= 0 && 2 * pair < channels) static_cast<uint32_t*>(out)[at(i) * (channels / 2) + pair] = words[i];
+  }
+}
+
+// From sums to results. `y`, `x`: the warp's first pixel; `block`: its first block of outputs.
+template <int NB, bool decoder>
+__device__ void finish(const Sums<NB>& sums, const HeadLevel& s, const Layout& l, int sample, int y, int x, int block,
+                       int lane) {
+  const int outputs = l.blocks * static_cast<int>(kBlock), rows = l.stop - l.start;
+  uint32_t words[kRows][NB][4];  // of four columns: lane / 4 and 8 further, even and odd
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int n = 0; n < NB; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* values = sums[row][i % 2][n] + i / 2 * 2;
+        words[row][n][i] = pair_of(fast_silu(values[0]), fast_silu(values[1]));
+      }
+    }
+  }
+  if (decoder && s.image != nullptr && s.out == nullptr) {
+    // Two blocks of outputs, as the sums lie over the lanes, are a fragment of 16 inputs.
+    uint32_t b[2];
+#pragma unroll
+    for (int reg = 0; reg < 2; ++reg) {
+      const int pair = lane % 4 + 4 * reg, plane = lane / 4;
+      const uint32_t* weights = static_cast<const uint32_t*>(s.out_weight) + plane * (outputs / 2);
+      b[reg] = plane < 3 && pair < outputs / 2 ? __ldg(weights + pair) : 0;
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float image[2][4] = {};
+#pragma unroll
+      for (int phase = 0; phase < 2; ++phase) {
+        uint32_t a[4] = {words[row][0][phase], words[row][0][2 + phase], 0, 0};
+        if (NB == 2) a[2] = words[row][NB - 1][phase], a[3] = words[row][NB - 1][2 + phase];
+        multiply(image[phase], a, b);
+      }
+      if (y + row < l.start || y + row >= l.stop) continue;
+#pragma unroll
+      for (int reg = 0; reg < 4; ++reg) {
+        const int plane = lane % 4 * 2 + reg % 2;
+        const int column = x + 2 * (lane / 4 + reg / 2 * 8);
+        if (plane >= 3 || column >= l.width) continue;
+        const int64_t pixel = (static_cast<int64_t>(sample * 3 + plane) * rows + y + row - l.start) * l.width + column;
+        const float bias = s.out_bias[plane];
+        static_cast<uint32_t*>(s.image)[pixel / 2] = pair_of(image[0][reg] + bias, image[1][reg] + bias);
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < NB; ++n) {
+    if (block + n >= l.blocks) continue;
+    if (!decoder && s.pooled != nullptr) {
+      uint32_t largest[4];  // of two rows: lane / 4 and 8 further
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = i / 2 * 2, at = i % 2 * 2;
+        largest[i] = larger_pair(larger_pair(words[row][n][at], words[row][n][at + 1]),
+                                 larger_pair(words[row + 1][n][at], words[row + 1][n][at + 1]));
+      }
+      store_pixels(s.pooled, s.channels, block + n, largest, lane, [&](int i) -> int64_t {
+        const int line = y / 2 + i / 2, column = x / 2 + lane / 4 + i % 2 * 8;
+        if (2 * line < l.start || 2 * line >= l.stop || 2 * column >= l.width) return -1;
+        return (static_cast<int64_t>(sample) * (rows / 2) + line - l.start / 2) * (l.width / 2) + column;
+      });
+    }
+    if (s.out == nullptr) continue;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      store_pixels(s.out, s.channels, block + n, words[row][n], lane, [&](int i) -> int64_t {
+        const int column = x + 2 * (lane / 4 + i / 2 * 8) + i % 2;
+        if (y + row < l.start || y + row >= l.stop || column >= l.width) return -1;
+        return (static_cast<int64_t>(sample) * rows + y + row - l.start) * l.width + column;
+      });
+    }
+  }
+}
+
+// --- The kernels -------------------------------------------------------------------------------------------------------
+template <int NB, bool narrow, bool decoder>
+__global__ void __launch_bounds__(kThreads, decoder ? kDecoders : kEncoders) head_kernel(HeadLevel s, Layout l) {
+  uint4* weights = dynamic_shared<uint4>();
+  uint4* windows = weights + l.weights;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int group = static_cast<int>(blockIdx.x) % l.groups, block = group * NB, stages = l.fine.chunks + (decoder ? l.coarse.chunks : 0);
+  for (int stage = 0; l.resident && stage < stages; ++stage) {
+    load_weights<NB, narrow, decoder>(s, l, stage, block, weights + weights_at<NB, narrow>(l, stage), thread);
+  }
+  Sums<NB> sums;
+  int index = static_cast<int>(blockIdx.x) / l.groups;
+  Tile coming = tile_at(l, index), tile = coming;
+  // In each round one stage's window is asked for, and the stage before is multiplied.
+  for (int stage = -1, turn = 0;; turn ^= 1) {
+    const int coming_stage = stage + 1 == stages ? 0 : stage + 1;
+    if (index < l.tiles) fetch<narrow, decoder>(s, l, coming, coming_stage, windows + turn * l.window, thread);
+    commit_copies();
+    if (stage >= 0) {
+      if (!l.resident) load_weights<NB, narrow, decoder>(s, l, stage, block, weights, thread);
+      wait_copies(1);
+      __syncthreads();
+      const int y = 2 * tile.row + kRows * warp, x = 2 * tile.column;
+      const bool live = y < l.stop && y + kRows > l.start;
+      const uint4* window = windows + (turn ^ 1) * l.window;
+      const uint4* own = weights + weights_at<NB, narrow>(l, stage);
+      if (live && stage == 0) begin<NB, decoder>(sums, s, l, y, block, lane);
+      if (live && decoder && stage >= l.fine.chunks) {
+        window += kRows / 2 * warp * kCoarseRow;
+        multiply_coarse<NB>(sums, window, own, lane);
+        if (y == 0 || y + kRows >= l.height || x == 0 || x + 2 * kTileColumns >= l.width) {
+          multiply_edges<NB>(sums, s, l, window, y, x, block, kPairs * (stage - l.fine.chunks), lane);
+        }
+      } else if (live && narrow) {
+        multiply_narrow<NB>(sums, window + kRows * warp * kNarrowRow, own, lane);
+      } else if (live) {
+        multiply_fine<NB>(sums, window + kRows * warp * kFineRow, own, lane);
+      }
+      __syncthreads();
+      if (stage + 1 == stages) {
+        if (live) finish<NB, decoder>(sums, s, l, tile.sample, y, x, block, lane);
+        if (index >= l.tiles) return;
+      }
+    }
+    tile = coming, stage = coming_stage;
+    if (stage + 1 == stages) index += static_cast<int>(gridDim.x) / l.groups, coming = tile_at(l, index);
+  }
+}
+
+// The last 1x1 convolution, where its inputs are more than a block makes: from `out` to the image.
+__global__ void last_kernel(HeadLevel s) {
+  const int64_t rows = s.stop - s.start, plane = rows * s.width;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= s.batch * plane) return;
+  const uint32_t* values = static_cast<const uint32_t*>(s.out) + index * (s.channels / 2);
+  const uint32_t* weights = static_cast<const uint32_t*>(s.out_weight);
+  const int64_t count = blocks(s) * kBlock / 2;
+  float sums[3] = {s.out_bias[0], s.out_bias[1], s.out_bias[2]};
+  const auto add = [&](uint32_t word, int64_t pair) {
+    const float2 value = values_of(word);
+#pragma unroll
+    for (int c = 0; c < 3; ++c) {
+      const float2 weight = values_of(__ldg(weights + c * count + pair));
+      sums[c] += value.x * weight.x + value.y * weight.y;
+    }
+  };
+  int64_t pair = 0;
+  if (s.channels % kBlock == 0) {
+    for (; pair < s.channels / 2; pair += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(values + pair);
+      add(four.x, pair), add(four.y, pair + 1), add(four.z, pair + 2), add(four.w, pair + 3);
+    }
+  }
+  for (; pair < s.channels / 2; ++pair) add(values[pair], pair);
+  const Divided of = divided(index, plane);
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    const uint32_t bits = pair_of(sums[c], 0.0f);
+    static_cast<uint16_t*>(s.image)[(of.quotient * 3 + c) * plane + of.remainder] = static_cast<uint16_t>(bits);
+  }
+}
+
+template <int NB, bool narrow, bool decoder>
+const char* launch_level(const HeadLevel& s, void* stream) {
+  const Layout l = layout_of(s, NB);
+  const int64_t shared = (l.weights + 2 * l.window) * 16;
+  const auto kernel = head_kernel<NB, narrow, decoder>;
+  int64_t at_once = 0;
+  if (const char* problem = resident_blocks(kernel, kThreads, shared, at_once)) return problem;
+  const int64_t most = at_once > l.groups ? at_once / l.groups : 1, each = most < l.tiles ? most : l.tiles;
+  return launch(kernel, static_cast<unsigned>(each * l.groups), kThreads, shared, stream, s, l);
+}
+
+template <int NB>
+const char* launch_of(const HeadLevel& s, void* stream) {
+  if (s.coarse.channels == 0) {
+    return is_narrow(s.fine) ? launch_level<NB, true, false>(s, stream) : launch_level<NB, false, false>(s, stream);
+  }
+  return is_narrow(s.fine) ? launch_level<NB, true, true>(s, stream) : launch_level<NB, false, true>(s, stream);
 }
 
 }  // namespace
 
-const char* head_level_cuda(const HeadLevel& level, void* stream) {
-  if (level.type != Element::bf16) return "the kernel takes bfloat16";
-  const int rows = tile_rows(level);
-  if (rows == 0) return "the level has more channels than shared memory holds";
-  const TileLayout layout = tile_layout(level, rows);
-  const int64_t tiles = tile_count(level, rows);
-  if (const char* problem = too_many(tiles)) return problem;
-  return launch(head_kernel, static_cast<unsigned>(tiles), rows * 32, layout.words * 4, stream, level, layout);
+const char* head_level_cuda(const HeadLevel& s, void* stream) {
+  if (s.type != Element::bf16) return "the kernel takes bfloat16";
+  if (const char* problem = too_many(2 * s.batch * (s.height / 8 + 1) * (s.width / 8 + 1))) return problem;
+  // 16 outputs a block, or 8 where the weights of 16 don't fit; but a block that makes the image has all outputs.
+  const bool image = s.image != nullptr && s.out == nullptr;
+  const bool two = blocks(s) > 1 && (image || layout_of(s, 2).resident || !layout_of(s, 1).resident);
+  const char* problem = two ? launch_of<2>(s, stream) : launch_of<1>(s, stream);
+  if (problem != nullptr || s.image == nullptr || image) return problem;
+  const int64_t pixels = s.batch * (s.stop - s.start) * s.width;
+  if ((problem = too_many(pixels))) return problem;
+  return launch(last_kernel, blocks_for(pixels, kThreads), kThreads, 0, stream, s);
 }
 
 }  // namespace l2p

@@ -8,6 +8,7 @@ nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 import shutil
@@ -23,12 +24,13 @@ TABLE = Path(__file__).with_suffix(".csv")
 
 
 class Row(NamedTuple):
-    """One kernel on one architecture. The first four are the worse the larger they are, the others the smaller."""
+    """One kernel on one architecture. The first five are the worse the larger they are, the others the smaller."""
 
     registers: int
     stack: int  # bytes a thread, for arrays that are not in registers and for calls
     spills: int  # instructions that read or write the stack
     shared: int  # bytes a block, static
+    inner: int  # instructions for 100 on tensor cores, in the longest stretch of these
     load: int  # bits, the widest from global memory
     store: int
     tensor: int  # instructions on tensor cores
@@ -81,16 +83,22 @@ def read(library: Path) -> dict[tuple[str, str], Row]:
             function = found[1]
         elif found := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             resources[function, where] = tuple(map(int, found.groups()))
-    interesting = r"^arch = (\w+)|Function : (\w+)|^\s+/\*[0-9a-f]{4,}\*/ +(?:@\S+ +)?(LDG|STG|LDL|STL|\w*MMA)(\S*)"
+    interesting = r"^arch = (\w+)|Function : (\w+)|^\s+/\*([0-9a-f]{4,})\*/ +(?:@\S+ +)?(LDG|STG|LDL|STL|\w*MMA)(\S*)"
+    products: dict[tuple[str, str], list[int]] = {}
     for found in re.finditer(interesting, dump("--dump-sass", library), re.M):
         where, function = found[1] or where, found[2] or function
-        counts = code.setdefault((function, where), dict(load=0, store=0, spills=0, tensor=0))
-        if found[3] in ("LDG", "STG"):
-            bits = re.findall(r"\.[US]?(8|16|32|64|128|256)\b", found[4])
-            kind = "load" if found[3] == "LDG" else "store"
+        counts = code.setdefault((function, where), dict(load=0, store=0, spills=0, tensor=0, inner=0))
+        if found[4] in ("LDG", "STG"):
+            bits = re.findall(r"\.[US]?(8|16|32|64|128|256)\b", found[5])
+            kind = "load" if found[4] == "LDG" else "store"
             counts[kind] = max(counts[kind], int(bits[-1]) if bits else 32)
-        elif found[3]:
-            counts["spills" if found[3] in ("LDL", "STL") else "tensor"] += 1
+        elif found[4] in ("LDL", "STL"):
+            counts["spills"] += 1
+        elif found[4]:
+            counts["tensor"] += 1
+            products.setdefault((function, where), []).append(int(found[3], 16) // 16)
+    for key, places in products.items():
+        code[key]["inner"] = per_product(places)
     names = plain_names(sorted({function for function, _ in resources}))
     rows = {}
     for (function, where), (registers, stack, shared) in resources.items():
@@ -99,6 +107,17 @@ def read(library: Path) -> dict[tuple[str, str], Row]:
             own = shared - 1024 if where != "sm_80" and shared >= 1024 else shared
             rows[names[function], where] = Row(registers, stack, shared=own, **code[function, where])
     return rows
+
+
+def per_product(places: list[int]) -> int:
+    """Instructions for 100 products, by the products' places: in the longest stretch that others don't interrupt."""
+    stretches = [[places[0]]]
+    for before, place in itertools.pairwise(places):
+        if place - before > 32:
+            stretches.append([])
+        stretches[-1].append(place)
+    longest = max(stretches, key=len)
+    return -(-100 * (longest[-1] - longest[0] + 1) // len(longest))
 
 
 def write(rows: dict[tuple[str, str], Row], file: Path = TABLE) -> None:
@@ -130,8 +149,8 @@ def differences(now: dict[tuple[str, str], Row], before: dict[tuple[str, str], R
     for (name, where), row in sorted(now.items()):
         for i, (field, got) in enumerate(row._asdict().items()):
             had = before.get((name, where), row)[i]
-            worse = got > had if i < 4 else (field != "tensor" or got == 0) and got < had
-            if worse and (same or field not in ("registers", "stack", "shared")):
+            worse = got > had if i < 5 else (field != "tensor" or got == 0) and got < had
+            if worse and (same or field not in ("registers", "stack", "shared", "inner")):
                 found.append(f"{name} on {where}: {field} {got}, in the table {had}")
     return found
 

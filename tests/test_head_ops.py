@@ -20,7 +20,8 @@ from l2p_fast.ops.head import (
 )
 from tests.far import far
 
-# (Ci, Cs, channels of up, Co, H, W, last level): the smallest, odd widths, more than one tile, a 3-channel skip.
+# (Ci, Cs, channels of up, Co, H, W, last level): the smallest, odd widths, more than one tile, a 3-channel skip, more
+# outputs of the last level than one block makes.
 LEVELS = (
     (4, 4, 4, 4, 2, 2, False),
     (6, 4, 8, 4, 4, 6, False),
@@ -28,6 +29,7 @@ LEVELS = (
     (8, 3, 4, 12, 22, 70, True),
     (40, 32, 32, 24, 6, 106, False),
     (20, 4, 8, 6, 12, 196, False),
+    (8, 8, 4, 24, 20, 34, True),
 )
 ENCODERS = ((3, 16, 8, 20), (4, 4, 2, 70), (3, 3, 20, 34), (16, 40, 6, 106), (3, 8, 4, 2))
 CPU = [
@@ -129,6 +131,14 @@ def test_decode(kernel, sizes, which):
         assert error(out, reference.double()) <= 2e-3  # now and then the next bfloat16
         assert (out - reference).abs().max() <= 2e-2 * reference.abs().max()  # first and last column, too
         assert error(out, plain[:, :, start:stop]) <= 4e-3
+
+
+@pytest.mark.parametrize("which", ["cpu", "avx2"])
+def test_decode_of_more_weights_than_shared_memory_holds(kernel, which):
+    convs, x, skip, _ = level(120, 104, 4, 8, 2, 34, False, torch.bfloat16)
+    inputs = decoder_weights(*convs), rows_first(x), rows_first(skip), 0, 2, 2
+    out, reference = decode(kernel("head_decode", which), *inputs), decode(head_decode_reference, *inputs)
+    assert error(out, reference.double()) <= 2e-3
 
 
 @pytest.mark.parametrize("which", ["cpu", "avx2"])

@@ -10,8 +10,14 @@ from l2p_fast import ops
 from tests import kernel_report
 from tests.kernel_report import Row
 
+# Of CUTLASS 4.2's product of bfloat16 matrices, 128 x 128 x 64 a block and 64 x 64 x 64 a warp, by mma for sm_80 and
+# compiled by nvcc 13.0 for sm_90a: 300 instructions of its loop, which copies, too, for 128 on tensor cores. Of its
+# convolution (optimized iterators, 128 x 128 x 32) these are 200 for 64.
+INNER = 234
 # Kernels that take whole vectors, which every layout but odd ones lets them.
-WIDE = re.compile(r"dense_kernel|(?<!any_)picture_kernel|step_kernel<\w+, 8>|silu_cuda|, true")
+WIDE = re.compile(
+    r"dense_kernel|(?<!any_)image_kernel|step_kernel<\w+, 8>|silu_cuda|norm_cuda.*, true|activate_kernel<8|head_kernel"
+)
 
 
 def test_no_kernel_is_worse_than_in_the_table():
@@ -29,11 +35,16 @@ def test_the_table_has_no_bad_kernel():
         # divisions and roots of doubles are calls, which put registers aside
         assert row.spills == 0 or (row.spills <= 8 and "double" in name), (name, where)
         assert not WIDE.search(name) or (row.load >= 128 and row.store >= 128), (name, where, row)
-        assert "head_kernel" not in name or row.tensor > 0, (name, where)
+        assert "head_kernel" not in name or (row.tensor > 0 and row.inner <= 1.5 * INNER), (name, where, row)
+
+
+def test_instructions_for_a_product():
+    assert kernel_report.per_product([7]) == 100
+    assert kernel_report.per_product([0, 2, 4, 100, 101, 103, 106, 400]) == 175
 
 
 def test_differences(tmp_path, monkeypatch):
-    good = Row(registers=40, stack=0, spills=0, shared=512, load=128, store=128, tensor=4)
+    good = Row(registers=40, stack=0, spills=0, shared=512, inner=140, load=128, store=128, tensor=4)
     name = "some.cu kernel<float>"
     before = {(name, where): good for where in kernel_report.ARCHITECTURES}
     monkeypatch.setattr(kernel_report, "compiler", lambda: "nvcc 1.0")
@@ -45,6 +56,7 @@ def test_differences(tmp_path, monkeypatch):
     for change, same, other in (
         (dict(registers=41), True, False),
         (dict(registers=32, tensor=2), False, False),
+        (dict(inner=141), True, False),
         (dict(spills=1), True, True),
         (dict(store=32), True, True),
         (dict(tensor=0), True, True),

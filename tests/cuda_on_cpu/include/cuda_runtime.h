@@ -36,6 +36,7 @@ struct alignas(8) float2 {
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -75,6 +76,14 @@ cudaError_t run(const void* kernel, const cudaLaunchConfig_t&, size_t parameter_
 template <typename... Wanted>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Wanted...), cudaFuncAttribute, int bytes) {
   return emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+
+// A GPU so small that blocks which stay must each do several blocks' work.
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+template <typename... Wanted>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Wanted...), int, size_t) {
+  return *blocks = 2, cudaSuccess;
 }
 
 template <typename... Wanted, typename... Given>
@@ -139,7 +148,7 @@ inline float __fdividef(float x, float y) {
   return size > 0x1p126f && size < INFINITY ? 0.0f * x : x / y;  // what the manual says of large divisors
 }
 
-// What csrc/ptx.cuh has for nvcc, after the PTX manual's tables, and what kernels to come may take.
+// What csrc/ptx.cuh has for nvcc, after the PTX manual's tables.
 namespace l2p {
 
 void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -151,5 +160,11 @@ void load_matrices(uint32_t (&to)[4], const void* row);
 void copy_async(void* to, const void* from, int count = 16);
 void commit_copies();
 void wait_copies(int groups_left);
+
+inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) {
+  const float result = 1 / x;
+  return std::fabs(result) < 0x1p-126f ? std::copysign(0.0f, x) : result;
+}
 
 }  // namespace l2p
