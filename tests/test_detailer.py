@@ -5,6 +5,8 @@ import torch
 
 from l2p_fast.errors import UserError
 from l2p_fast.models.detailer import DetailerHead, bands, unet
+from l2p_fast.models.detailer.bands import Rows
+from l2p_fast.models.detailer.fused import Inner, Library
 from l2p_fast.ops import fused_levels
 from l2p_fast.variants import OF_PATCH
 
@@ -214,14 +216,41 @@ def test_fused_bands_equal_whole_exactly(patch, rows):
     assert torch.equal(head(pixels, features, band_rows=rows), head(pixels, features, band_rows=WHOLE))
 
 
-@needs_kernels
+@pytest.mark.parametrize("patch,first", [(16, 0), (64, 3), (160, 5)])
 @torch.no_grad()
-def test_outer_levels_alone_can_be_fused():
-    head, pixels, features = head_and_inputs(64, dtype=torch.bfloat16)
-    fused = head(pixels, features, band_rows=64)
+def test_inner_levels_are_the_plain_ones(patch, first):
+    """Transposed convolutions, sums for concats, biases by place: the same function."""
+    head, pixels, features = head_and_inputs(patch, batch=2, dtype=torch.float64)
+    plain, inner = Library(head, torch.float64), Inner(head, first, torch.float64)
+    for got, wanted in zip(inner.joint[:2], head.bottleneck[0].weight.split([head.levels[-1].enc, 24], 1), strict=True):
+        assert torch.equal(got, wanted.flatten(1))
+    for k in range(first, len(head.levels)):
+        x = torch.randn(2, head.convolutions(k)[0].in_channels, 12, 10, dtype=torch.float64)
+        for got, wanted in zip(inner.encode(k, x), plain.encode(k, x, Rows.whole(x), Rows.whole(x)), strict=True):
+            assert error(got, wanted) <= 1e-6  # biases are float32
+        skip = torch.randn(2, head.levels[k].enc, 12, 10, dtype=torch.float64)
+        x = torch.randn(2, head.convolutions(k)[1].in_channels, 6, 5, dtype=torch.float64)
+        wanted = plain.decode(k, x, Rows.whole(x), skip, Rows.whole(skip), Rows.whole(skip))
+        if k > 0:
+            assert error(inner.decode(k, x, skip), wanted) <= 1e-6
+    x = torch.randn(2, head.levels[-1].enc, 6, 4, dtype=torch.float64)
+    assert error(inner.bottleneck(x, features), plain.bottleneck(x, features)) <= 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("patch", OF_PATCH)
+@torch.no_grad()
+def test_outer_levels_alone_can_be_fused(patch):
+    head, pixels, features = head_and_inputs(patch, dtype=torch.bfloat16, width=0.5)
+    fused, plain = head(pixels, features, band_rows=64), head.forward_reference(pixels, features)
+    exact = head.float().forward_reference(pixels, features.float())
+    head.bfloat16()
     head._fused_count = lambda device, dtype: head.table_banded
     head._kernels = None
-    assert error(head(pixels, features, band_rows=64).float(), fused.float()) <= 1e-2
+    for rows in (64, WHOLE):
+        out = head(pixels, features, band_rows=rows).float()
+        assert error(out, fused.float()) <= 1e-2
+        assert error(out, exact) <= 2 * error(plain.float(), exact)
 
 
 @needs_kernels

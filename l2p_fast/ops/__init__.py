@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .activate import activate, activate_reference
 from .cpu import cpu_has_fast_bf16
 from .head import (
     DecoderWeights,
@@ -45,6 +46,8 @@ __all__ = [
     "DecoderWeights",
     "EncoderWeights",
     "Rope",
+    "activate",
+    "activate_reference",
     "apply_rope",
     "build_info",
     "cpu_has_fast_bf16",

@@ -18,11 +18,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .activate import activate_reference
 
 logger = logging.getLogger(__name__)
 
@@ -321,27 +324,39 @@ def head_decode(
     return torch.ops.l2p_fast.head_decode(x, skip, *weights, x_start, skip_start, start, stop, height)
 
 
+def _small_levels(device: str) -> Iterator[tuple[str, tuple, Callable]]:
+    """Every kind of level and what follows the library's convolutions, small: an op, its inputs, its reference."""
+    random = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, torch.bfloat16)
+
+    def conv(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
+        made = nn.Conv2d(inputs, outputs, size)
+        for parameter in made.parameters():
+            parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=random) / 10)
+        return made.to(device, torch.bfloat16)
+
+    rows = 0, 0, 12, 12, True, True
+    pixels = noise(1, 3, 12, 72).float().permute(0, 2, 3, 1)
+    yield "head_encode", (pixels, *encoder_weights(conv(3, 16)), *rows), head_encode_reference
+    for channels, outputs, out in ((16, 16, conv(16, 3, 1)), (64, 32, None)):
+        x, skip = noise(1, 6, 36, channels), noise(1, 12, 72, channels)
+        yield "head_encode", (skip, *encoder_weights(conv(channels, outputs)), *rows), head_encode_reference
+        weights = decoder_weights(conv(channels, channels), conv(2 * channels, outputs), out)
+        yield "head_decode", (x, skip, *weights, 0, 0, 0, 12, 12), head_decode_reference
+    yield "activate", (noise(1, 4, 6, 16), noise(1, 4, 6, 16), noise(9, 16).float(), True, True), activate_reference
+
+
 @functools.cache
 def _disagreement(device: str) -> str | None:
     """Why the kernels of ``device`` are not trusted. None: on a small image they compute what the reference does."""
-    random = torch.Generator().manual_seed(0)
-    up, dec, out = nn.Conv2d(16, 16, 3), nn.Conv2d(32, 16, 3), nn.Conv2d(16, 3, 1)
-    first = nn.Conv2d(3, 16, 3)
-    for parameter in (*first.parameters(), *up.parameters(), *dec.parameters(), *out.parameters()):
-        parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=random) / 10)
-    for conv in (first, up, dec, out):
-        conv.to(device, torch.bfloat16)
-    pixels = torch.randn(1, 3, 12, 72, generator=random).to(device).permute(0, 2, 3, 1)
-    outermost = (pixels, *encoder_weights(first), 0, 0, 12, 12, True, True)
+    errors = []
     try:
-        skip, _ = head_encode_reference(*outermost)
-        encode = (skip, *encoder_weights(up), 0, 0, 12, 12, True, True)
-        _, pooled = head_encode_reference(*encode)
-        decode = (pooled, skip, *decoder_weights(up, dec, out), 0, 0, 0, 12, 12)
-        found = *torch.ops.l2p_fast.head_encode(*outermost), *torch.ops.l2p_fast.head_encode(*encode)
-        found += (torch.ops.l2p_fast.head_decode(*decode),)
-        wanted = *head_encode_reference(*outermost), *head_encode_reference(*encode), head_decode_reference(*decode)
-        errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(found, wanted, strict=True)]
+        for name, inputs, reference in _small_levels(device):
+            found, wanted = getattr(torch.ops.l2p_fast, name)(*inputs), reference(*inputs)
+            for a, b in zip(*((x,) if isinstance(x, Tensor) else x for x in (found, wanted)), strict=True):
+                errors.append((a - b).float().norm() / b.float().norm())
         worst = torch.stack(errors).max().item()  # NaN where one is
     except torch.OutOfMemoryError:
         raise  # says nothing of the kernels

@@ -11,7 +11,10 @@ from pathlib import Path
 from .build import ROOT
 
 # Two processes, of about the same work.
-PARTS = (("test_head_ops.py", "cuda_on_cpu/probes.py"), ("test_ops.py", "test_dit_ops.py", "test_update_ops.py"))
+PARTS = (
+    ("test_head_ops.py", "test_activate_ops.py", "cuda_on_cpu/probes.py"),
+    ("test_ops.py", "test_dit_ops.py", "test_update_ops.py"),
+)
 # What tells nothing of a kernel.
 LEFT_OUT = (
     "a_broken_extension",

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ...variants import Level
 
+_IMAGE_CHANNELS = 16  # of which the CUDA kernel makes the image without storing them: kImageChannels in csrc/head.h
+
 
 class Rows(NamedTuple):
     """Rows [start, stop) of an image of ``height`` rows."""
@@ -67,6 +69,9 @@ class Run(Protocol):
 
         Without ``keep`` or ``pool`` the one or the other may be left out.
         """
+
+    def bottleneck(self, x: Tensor, features: Tensor) -> Tensor:
+        """What lies between encoder and decoder: x (B, C, H, W), features (B, D, h, w) -> (B, out, H, W)."""
 
     def decode(self, k: int, x: Tensor, held: Rows, skip: Tensor, skip_held: Rows, rows: Rows) -> Tensor:
         """``rows`` of level ``k`` of the decoder, from the next inner level's output; of level 0, of the image."""
@@ -193,6 +198,8 @@ def whole_bytes(levels: Sequence[Level], shape: tuple[int, int, int], dtype: tor
     """Peak bytes of ``levels``, run whole on a batch of ``shape`` (B, H, W) at the first one's size."""
     batch, height, width = shape
     areas = [batch * (height >> k) * (width >> k) for k in range(len(levels))]
+    if 0 < fused < len(levels) and not torch.is_grad_enabled():
+        return dtype.itemsize * _most_held(levels, areas, fused)
     return _peak(levels, areas, areas, dtype, fused)
 
 
@@ -234,6 +241,25 @@ def _halo(banded: int) -> int:
     step = 2**banded
     rows = Rows(64 * step, 65 * step, 128 * step)
     return rows.start - _decoder_rows(rows, banded)[1][0].grow(1).start
+
+
+def _most_held(levels: Sequence[Level], areas: Sequence[int], fused: int) -> int:
+    """The most numbers held at once where kernels run the outer ``fused`` levels and `fused.Inner` the others."""
+    held = pooled = most = 0
+    for k, (area, level) in enumerate(zip(areas, levels, strict=True)):
+        skip = area * (level.enc + level.enc % 2)
+        most = max(most, held + pooled + skip // 4 + skip * (1 if k < fused else 2))
+        held, pooled = held + skip, skip // 4
+    x = areas[-1] // 4 * 2 * levels[-1].enc  # the bottleneck's, or more
+    most = max(most, held + pooled + 3 * x)
+    for k in reversed(range(len(levels))):
+        out, wide = areas[k] * levels[k].dec, areas[k] * levels[k].up
+        if k >= fused:
+            most = max(most, held + x + max(wide + out, 3 * out))
+        elif k > 0 or levels[k].dec > _IMAGE_CHANNELS:
+            most = max(most, held + x + out)
+        held, x = held - areas[k] * (levels[k].enc + levels[k].enc % 2), out
+    return most
 
 
 def _peak(

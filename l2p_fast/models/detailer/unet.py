@@ -19,7 +19,7 @@ from ...ops import cpu_has_fast_bf16, fused_levels
 from ...variants import BOTTLENECK, OF_PATCH, scaled_channels
 from . import bands
 from .bands import Plan, Rows, Run
-from .fused import Kernels, Library, silu
+from .fused import Kernels, Library
 
 BANDED_CHANNELS = 64  # levels up to this many encoder channels hold much memory and little work: these run in bands
 AUTO_MEMORY_MB = 256.0  # working memory the head may take when neither bands nor budget are given; on CUDA instead:
@@ -132,7 +132,7 @@ class DetailerHead(nn.Module):
         for k in range(first, len(self.levels)):
             skip, x = run.encode(k, x, Rows.whole(x), Rows.whole(x))
             skips.append(skip)
-        x = silu(self.bottleneck[0](x, features))
+        x = run.bottleneck(x, features)
         while skips:
             skip = skips.pop()
             x = run.decode(first + len(skips), x, Rows.whole(x), skip, Rows.whole(skip), Rows.whole(skip))
