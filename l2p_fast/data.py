@@ -18,7 +18,7 @@ from .datamaking.growth import grow
 from .datamaking.image_sets import ImageSet, Share, read_table, write_shards
 from .datamaking.llm_options import add_options, language_model, within
 from .datamaking.plan import make_plan
-from .datamaking.records import Ledger, Prompt, read_lines, read_prompt_file, write_lines
+from .datamaking.records import Ledger, Prompt, place, read_lines, read_prompt_file, write_lines
 from .datamaking.set_page import measure, prompts_of, write_page
 from .datamaking.taxonomy import read_taxonomy
 from .datamaking.templates import Grammar
@@ -26,7 +26,6 @@ from .datamaking.texts import LANGUAGES
 from .datamaking.writing import waiting, write_by_model, write_by_templates
 from .errors import FieldError, Parser, UserError, run_cli
 from .sampling.drawing import FORMATS
-from .sampling.jobs import check_writable
 from .sampling.request import Request, Setup, check_number, choose
 
 
@@ -34,7 +33,7 @@ def taxonomy(args: argparse.Namespace) -> int:
     found = read_taxonomy(args.taxonomy)
     within(args, "grow", 1, 10_000)
     if args.out:
-        check_writable(Path(args.out))
+        place(args.out)
     if args.grow:
         model = language_model(args, wanted=True)
         before = len(found.categories)
@@ -75,7 +74,6 @@ def prompts(args: argparse.Namespace) -> int:
             try:
                 problems = write_by_model(ledger, left, model, args.batch)
             finally:
-                model.close()
                 print(model.usage.line())
     by = model.name if model else "templates"
     print(f"wrote {args.out}: {len(plan) - problems.total()} of {len(plan)} prompts, by {by}")
@@ -91,10 +89,9 @@ def filter_prompts(args: argparse.Namespace) -> int:
     within(args, "near", 0.1, 0.95)
     within(args, "cosine", 0, 1)
     within(args, "limit", 1, 1e9)
-    out = Path(args.out)
-    refusals = Path(args.rejected) if args.rejected else out.with_name(out.stem + ".rejected.jsonl")
+    out = place(args.out)
+    refusals = place(args.rejected or str(out.with_name(out.stem + ".rejected.jsonl")))
     for path in (out, refusals):
-        check_writable(path)
         if path.exists() and os.path.exists(args.prompts) and path.samefile(args.prompts):
             raise UserError(f"{path} is the file that is read; name another --out")
     known = read_taxonomy(args.taxonomy) if args.taxonomy else None
@@ -111,7 +108,6 @@ def filter_prompts(args: argparse.Namespace) -> int:
         example = next(item for item in refused if item.rule == rule)
         print(f"{rule:<12} {number:>6}  as line {example.number}: {example.reason}")
     if judge is not None:
-        judge.close()
         print(f"judge        {judge.usage.line()}" + (f"; {unjudged} prompts are kept unjudged" if unjudged else ""))
     print(f"kept {len(kept[: args.limit])} of {len(lines)}: {out}; the others, and why: {refusals}")
     return 0
@@ -128,6 +124,7 @@ def images(args: argparse.Namespace) -> int:
     within(args, "gate_least", -1, 1)
     written = read_prompt_file(args.prompts)[: args.limit]
     format = choose("format", args.format.lower(), FORMATS)
+    check_number("height", args.res, "res")
     height, width = args.height or args.res or args.width, args.width or args.res or args.height
     request = Request("", args.seed, args.negative, height, width, args.steps, args.guidance)
     setup = Setup(
@@ -141,7 +138,7 @@ def images(args: argparse.Namespace) -> int:
             raise
         raise FieldError("res", error.problem) from None
     share = Share.of_environment()
-    made = ImageSet(Path(args.out), written, args.each, source, format, args.gate, args.gate_least)
+    made = ImageSet(args.out, written, args.each, source, format, args.gate, args.gate_least)
     mine, waiting, failed = made.jobs[share.rank :: share.world], made.waiting(share), 0
     if len(mine) > len(waiting):
         print(f"{len(mine) - len(waiting)} images are finished and skipped")
@@ -163,7 +160,7 @@ def images(args: argparse.Namespace) -> int:
 def stats(args: argparse.Namespace) -> int:
     folder = Path(args.what) if os.path.isdir(args.what) else None
     found = read_taxonomy(args.taxonomy)
-    check_writable(Path(args.out))
+    place(args.out)
     texts = prompts_of(folder) if folder else read_prompt_file(args.what)
     facts = measure(texts, found, len(read_table(folder)) if folder else 0)
     print("\n".join(facts.lines()))

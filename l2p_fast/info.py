@@ -23,6 +23,7 @@ OPTIONAL = {
     "flash-attn": "--attention flash: pip install flash-attn --no-build-isolation (compiles for hours)",
     "xformers": "--attention xformers: pip install xformers",
     "kernels": "--attention flash_hub and the like: pip install kernels",
+    "openai": "l2p data: pip install l2p_fast[data]",
     "tensorboard": "training curves: pip install tensorboard",
 }
 

@@ -30,7 +30,7 @@ from l2p_fast.datamaking.filters import Bounds, WordList, filter_lines
 from l2p_fast.datamaking.plan import make_plan
 from l2p_fast.datamaking.records import STARTER, Prompt, read_prompt_file
 from l2p_fast.datamaking.taxonomy import core, read_taxonomy
-from l2p_fast.datamaking.templates import Grammar
+from l2p_fast.datamaking.templates import Grammar, read_grammar
 from l2p_fast.datamaking.texts import language_of, quoted_texts
 from l2p_fast.errors import UserError
 from l2p_fast.sampling.drawing import Drawing, read_settings
@@ -116,6 +116,19 @@ def test_templates_write_about_everything(language):
     assert len(set(texts)) == len(texts)
     _, refused, _ = filter_lines([(n, line(p)) for n, p in enumerate(texts[::4])], Bounds())
     assert not refused
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_group_has_a_grammar_of_its_own(language):
+    rules, places = read_grammar(language), {(c.subclass, c.group) for c in TAXONOMY.categories}
+    for subclass, group in places:
+        own = rules.get(subclass, {}).keys() | rules.get(f"{subclass}/{group}", {}).keys()
+        assert own >= ({"form art", "text", "detail"} if subclass == "lettering" else {"scene", "detail", "mark"}), (
+            group
+        )
+    assert rules.keys() <= {"*", *(subclass for subclass, _ in places), *("/".join(place) for place in places)}
+    words = {symbol.removeprefix("words ") for symbol in rules["lettering"] if symbol.startswith("words ")}
+    assert words == {c.en for c in TAXONOMY.categories if c.subclass == "lettering"}
 
 
 def test_templates_know_strange_taxonomies(tmp_path):
@@ -545,6 +558,49 @@ def test_from_templates_to_training(tmp_path, monkeypatch, capsys):
     settings += ["data.grids=[{tokens: 16, batch: 2}]", "optim.kind=adamw", "freeze.n=2", "steps=1", "device=cpu"]
     assert train.main([*settings, "log.board=none"]) == 0
     assert len(Path("run/log.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_page_about_strange_prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = ["$\\frac{", "<b>&", "\x1b[31m\n", "雾" * 99, "", "\0", "{{ 1 }}", "%s {0}"]
+    Path("p.jsonl").write_text("".join(Prompt(f"{o} and {n}", o, o, o, o, o, o).line() for n, o in enumerate(odd)))
+    assert data.main(["stats", "p.jsonl"]) == 0
+    assert "<b>" not in Path("stats.html").read_text()
+
+
+KILLED = """
+import os, sys
+from l2p_fast import data
+from l2p_fast.datamaking import image_sets
+drawn, save = [], image_sets.save_image
+def save_and_die(*arguments):
+    save(*arguments)
+    drawn.append(arguments[1])
+    if len(drawn) == 2:
+        os.kill(os.getpid(), 9)
+image_sets.save_image = save_and_die
+data.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_and_a_kill(tmp_path, monkeypatch):
+    """Two processes, both killed after two images each; then three of them go on, and draw nothing twice."""
+    monkeypatch.chdir(tmp_path)
+    prompt_file(Path("p.jsonl"), 4)
+    Path("killed.py").write_text(KILLED)
+    argv = ["images", "p.jsonl", "--out", "set", "--res", "64", "--steps", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    for rank in range(2):
+        ranks = environment | {"RANK": str(rank), "WORLD_SIZE": "2"}
+        assert subprocess.run([sys.executable, "killed.py", *argv], env=ranks, capture_output=True).returncode == -9
+    before = {path.name: path.stat().st_mtime_ns for path in Path("set/images").iterdir()}
+    assert len(before) == 4 and not Path("set/metadata.csv").exists()
+    ended = subprocess.run([*torchrun, "3", "-m", "l2p_fast.data", *argv], env=environment, capture_output=True)
+    assert ended.returncode == 0, ended.stderr.decode()[-2000:]
+    after = {path.name: path.stat().st_mtime_ns for path in Path("set/images").iterdir()}
+    assert len(after) == 8 and after.items() >= before.items() and len(image_sets.read_table(Path("set"))) == 8
 
 
 def test_a_page_names_no_place_outside(tmp_path):

@@ -72,7 +72,7 @@ class Share:
 
 
 class ImageSet:
-    """The images of ``prompts``, ``each`` of every one, in ``folder``.
+    """The images of ``prompts``, ``each`` of every one, in the folder ``out``.
 
     Args:
         source: what draws them, with all of the requests but prompt and seed; the seeds count up from its own.
@@ -85,18 +85,21 @@ class ImageSet:
     """
 
     def __init__(
-        self, folder: Path, prompts: Sequence[Prompt], each: int, source: Source, format: str, gate: str | None = None,
+        self, out: str, prompts: Sequence[Prompt], each: int, source: Source, format: str, gate: str | None = None,
         least: float | None = None,
     ):  # fmt: skip
         if len(prompts) * each > MOST:
             raise FieldError("each", f"makes {len(prompts) * each} images; at most {MOST} a folder: use {{limit}}")
-        self.folder, self.prompts, self.format, self.least = folder, prompts, format, least
+        folder = self.folder = Path(out)
+        self.prompts, self.format, self.least = prompts, format, least
         base, self._setup = source.request, source.setup
         self.jobs: list[Job] = []
         for index, prompt in enumerate(prompts):
             for k in range(each):
                 request = replace(base, prompt=prompt.prompt, seed=(base.seed + index * each + k) % 2**63)
                 self.jobs.append(Job(request, folder / "images" / f"{index:06d}_{k}{FORMATS[format]}"))
+        if "\0" in out:
+            raise FieldError("out", f"is not a folder: {out[:60]!r}; name one")
         check_writable(self.jobs[0].path)
         shared = {key: value for key, value in base.as_dict().items() if key not in ("prompt", "cfg_batch")}
         self._settings = {**shared, "model": source.name, "each": each, "format": format, "gate": gate}

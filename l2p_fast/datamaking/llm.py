@@ -260,6 +260,9 @@ def ask_all(model: Model, questions: Iterable[Question]) -> Iterator[Answer]:
                         f"the first {patience} requests got no usable answer ({answer.problem}); check the model"
                     )
                 yield answer
+    except BaseException:
+        model.close()  # requests that are under way end
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -32,7 +32,7 @@ def within(args: argparse.Namespace, name: str, least: float, most: float) -> No
     """
     value = getattr(args, name)
     if value is not None and not least <= value <= most:
-        raise FieldError(name, f"must be from {least:g} to {most:g}, got {value:g}")
+        raise FieldError(name, f"must be from {least:g} to {most:g}, got {str(value)[:40]}")
 
 
 def language_model(args: argparse.Namespace, wanted: bool) -> Model | None:

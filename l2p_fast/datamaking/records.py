@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FieldError, UserError
-from ..files import atomic_path, near_path
+from ..files import atomic_path, near_path, regular
 from ..formats.header import parse_json
 from ..sampling.jobs import LARGEST_FILE, check_writable, read_prompts
 
@@ -95,6 +95,7 @@ def read_lines(path: str) -> list[tuple[int, str]]:
         except FieldError as error:
             raise UserError(error.problem) from error
     try:
+        regular(file)
         with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8-sig") as f:
             text = f.read(LARGEST_FILE)
     except (OSError, EOFError, ValueError) as error:
@@ -133,6 +134,19 @@ def read_prompt_file(path: str) -> list[Prompt]:
     return found
 
 
+def place(path: str) -> Path:
+    """Where something is to be written.
+
+    Raises:
+        FieldError: it can't be.
+    """
+    found = Path(path)
+    if "\0" in path or not found.name:
+        raise FieldError("out", f"is not a place for a file: {path[:60]!r}; name one")
+    check_writable(found)
+    return found
+
+
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
     """A file of ``lines``, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -146,8 +160,7 @@ class Ledger:
     """
 
     def __init__(self, path: str):
-        self.path = Path(path)
-        check_writable(self.path)
+        self.path = place(path)
         self.prompts: list[Prompt] = []
 
     @contextlib.contextmanager
@@ -158,6 +171,8 @@ class Ledger:
             UserError: another process writes it, or it holds other things than prompts.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            regular(self.path)
         with open(self.path, "a+b") as self._file:
             if fcntl is not None:
                 try:

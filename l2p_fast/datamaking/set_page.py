@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import atomic_path
 from ..sampling.drawing import read_image
 from .duplicates import MinHashes
@@ -24,6 +24,7 @@ from .texts import language_of, quoted_texts
 
 SAMPLES = 24  # images, or prompts where there are none
 THUMBNAIL = 320  # px, the longer side
+OTHER = "other"  # sub-classes that the taxonomy doesn't have
 NEAR = 0.7  # share of shingles in common
 COLORS = {"en": "#4c6ef5", "zh": "#f08c42", "other": "#adb5bd"}
 NAMES = {"en": "English", "zh": "Chinese", "other": "other"}
@@ -70,11 +71,11 @@ def measure(prompts: Sequence[Prompt], taxonomy: Taxonomy, images: int = 0) -> F
     if not prompts:
         raise UserError("no prompts to count")
     facts = Facts(prompts=len(prompts), images=images, categories=len(taxonomy.categories))
-    facts.subclasses = {name: Counter() for name in taxonomy.subclasses()}
+    facts.subclasses = {name: Counter() for name in (*taxonomy.subclasses(), OTHER)}
     seen, near, counts = set(), MinHashes(NEAR), Counter(prompt.category for prompt in prompts)
     for index, prompt in enumerate(prompts):
         language = prompt.language if prompt.language in NAMES else language_of(prompt.prompt)
-        facts.subclasses.setdefault(prompt.subclass or "no sub-class", Counter())[language] += 1
+        facts.subclasses[prompt.subclass if prompt.subclass in facts.subclasses else OTHER][language] += 1
         facts.lengths.setdefault(language, []).append(len(prompt.prompt))
         facts.styles[prompt.style or "no style"] += 1
         facts.sources[prompt.source or "unknown"] += 1
@@ -87,6 +88,8 @@ def measure(prompts: Sequence[Prompt], taxonomy: Taxonomy, images: int = 0) -> F
             facts.near += 1
             facts.pairs.append((prompts[int(found[0])].prompt, prompt.prompt, found[1]))
         near.add(str(index), prompt.prompt)
+    if not facts.subclasses[OTHER]:
+        del facts.subclasses[OTHER]
     facts.pairs = sorted(facts.pairs, key=lambda pair: -pair[2])[:5]
     numbers = [counts[category.en] for category in taxonomy.categories]
     facts.covered, facts.per_category = sum(map(bool, numbers)), Counter(numbers)
@@ -184,13 +187,18 @@ def _svg(draw: Any, facts: Facts) -> Any:
     return Markup(text.replace('height="', 'data-height="', 1))
 
 
+def _label(name: str) -> str:
+    """A name of a stranger's as the label of an axis: no formula, no line breaks, not long."""
+    return one_line(name)[:40].replace("\\", "/").replace("$", r"\$")
+
+
 def _draw_subclasses(figure: Any, axis: Any, facts: Facts) -> None:
     figure.set_size_inches(6.4, 0.8 + 0.27 * len(facts.subclasses))
-    names = list(facts.subclasses)[::-1]
+    names, labels = list(facts.subclasses)[::-1], [_label(name) for name in facts.subclasses][::-1]
     left = [0] * len(names)
     for language in (name for name in NAMES if name in facts.lengths):
         widths = [facts.subclasses[name][language] for name in names]
-        axis.barh(names, widths, 0.72, left, color=COLORS[language])
+        axis.barh(labels, widths, 0.72, left, color=COLORS[language])
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.set_xlabel("prompts")
     axis.grid(axis="x", alpha=0.25)
@@ -209,7 +217,7 @@ def _draw_lengths(_: Any, axis: Any, facts: Facts) -> None:
 def _draw_styles(figure: Any, axis: Any, facts: Facts) -> None:
     common = facts.styles.most_common(18)[::-1]
     figure.set_size_inches(6.4, 0.8 + 0.25 * max(4, len(common)))
-    axis.barh([name[:40].replace("$", r"\$") for name, _ in common], [n for _, n in common], 0.72, color="#7048e8")
+    axis.barh([_label(name) for name, _ in common], [n for _, n in common], 0.72, color="#7048e8")
     axis.set_xlabel("prompts")
     axis.grid(axis="x", alpha=0.25)
     axis.tick_params(axis="y", length=0)

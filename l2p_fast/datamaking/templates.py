@@ -20,7 +20,10 @@ from .texts import quoted_texts
 LEAST, MOST = 200, 350  # characters
 TRIES = 200
 _SLOT = re.compile(r"\{([a-z0-9_ ']+)\}", re.I)
-FAMILIES = {"photograph": "photo", "pencil drawing": "mono", "charcoal drawing": "mono"}  # all others: art
+FAMILIES = {  # of styles; all others: art
+    "photograph": "photo", "pencil drawing": "mono", "charcoal drawing": "mono", "3D render": "model",
+    "clay model": "model",
+}  # fmt: skip
 
 
 class Grammar:

@@ -131,6 +131,14 @@ def other_cases() -> list[Case]:
             Case("l2p_fast.evaluate", ("prompts", "prompts.txt", "--res=16", "--out", value)),
             Case("l2p_fast.evaluate", ("prompts", "prompts.txt", "--res=16", "--out=o", "--clip", value)),
             Case("l2p_fast.evaluate", ("geneval2", "text.txt", "--out=o", "--scores", value)),
+            Case("l2p_fast.data", ("filter", value, "--out", "kept.jsonl")),
+            Case("l2p_fast.data", ("filter", "prompts.txt", "--out", value)),
+            Case("l2p_fast.data", ("prompts", "--count=1", "--out", value)),
+            Case("l2p_fast.data", ("prompts", "--count=1", "--out=p.jsonl", "--taxonomy", value)),
+            Case("l2p_fast.data", ("images", value, "--out", "set")),
+            Case("l2p_fast.data", ("images", "prompts.txt", "--out", value)),
+            Case("l2p_fast.data", ("images", "prompts.txt", "--out=set", "--pipeline", value)),
+            Case("l2p_fast.data", ("stats", value, "--out", "s.html")),
             Case("l2p_fast.info", (value,)) if value else Case("l2p_fast.info", ("--nothing",)),
             Case("examples.tiny", (value,)),
             Case("examples.tiny", ("sheet", "--device", value or "x")),
@@ -147,6 +155,12 @@ def other_cases() -> list[Case]:
             cases.append(
                 Case("l2p_fast.evaluate", ("prompts", "prompts.txt", "--out=o", f"--{option}={value}"), option)
             )
+        for step, option in (
+            ("prompts", "count"), ("prompts", "seed"), ("prompts", "quoted-share"), ("filter", "near"),
+            ("images", "each"), ("images", "res"),
+        ):  # fmt: skip
+            rest = ("--endpoint=http://127.0.0.1:9/v1", "--llm=m") if step == "prompts" else ("prompts.txt",)
+            cases.append(Case("l2p_fast.data", (step, "--out=new", f"--{option}={value}", *rest), f"--{option}"))
         for stage, option in (
             ("ldm", "minutes"), ("ldm", "vae-minutes"), ("ldm", "pictures"), ("corpus", "count"), ("ablate", "steps"),
             ("score", "per-task"), ("score", "sides-64"), ("sheet", "res"), ("transfer", "patch-size"),
