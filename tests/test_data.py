@@ -562,10 +562,10 @@ def test_from_templates_to_training(tmp_path, monkeypatch, capsys):
 
 def test_a_page_about_strange_prompts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    odd = ["$\\frac{", "<b>&", "\x1b[31m\n", "雾" * 99, "", "\0", "{{ 1 }}", "%s {0}"]
+    odd = ["$\\frac{", "<i>&", "\x1b[31m\n", "雾" * 99, "", "\0", "{{ 1 }}", "%s {0}"]
     Path("p.jsonl").write_text("".join(Prompt(f"{o} and {n}", o, o, o, o, o, o).line() for n, o in enumerate(odd)))
     assert data.main(["stats", "p.jsonl"]) == 0
-    assert "<b>" not in Path("stats.html").read_text()
+    assert "<i>" not in Path("stats.html").read_text()
 
 
 KILLED = """

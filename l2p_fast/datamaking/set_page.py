@@ -6,6 +6,7 @@ import base64
 import io
 import random
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -181,7 +182,9 @@ def _svg(draw: Any, facts: Facts) -> Any:
         axis.spines[side].set_visible(False)
     axis.set_axisbelow(True)
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters in fonts: the page's draw them
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :].replace("#000000", "currentColor").replace('width="', 'data-width="', 1)
     return Markup(text.replace('height="', 'data-height="', 1))
@@ -189,7 +192,7 @@ def _svg(draw: Any, facts: Facts) -> Any:
 
 def _label(name: str) -> str:
     """A name of a stranger's as the label of an axis: no formula, no line breaks, not long."""
-    return one_line(name)[:40].replace("\\", "/").replace("$", r"\$")
+    return one_line(name)[:30].replace("\\", "/").replace("$", r"\$")
 
 
 def _draw_subclasses(figure: Any, axis: Any, facts: Facts) -> None:
