@@ -9,7 +9,10 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,7 @@ from l2p_fast import data
 from l2p_fast.datamaking import image_sets, painters
 from l2p_fast.datamaking.filters import Bounds, WordList, filter_lines
 from l2p_fast.datamaking.plan import make_plan
-from l2p_fast.datamaking.records import STARTER, Prompt, read_prompt_file
+from l2p_fast.datamaking.records import STARTER, Prompt, alone, read_prompt_file
 from l2p_fast.datamaking.taxonomy import core, read_taxonomy
 from l2p_fast.datamaking.templates import Grammar, read_grammar
 from l2p_fast.datamaking.texts import language_of, quoted_texts
@@ -248,8 +251,6 @@ def test_what_will_never_answer_ends_in_one_line(fault, says, tmp_path, monkeypa
 
 def test_requests_are_paced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    import time
-
     start = time.monotonic()
     with Server(lambda body, _: written(body)) as server:
         ask(server, "--per-minute", 600, "--batch", 2)
@@ -457,6 +458,19 @@ def test_processes_share_the_images(tmp_path, monkeypatch, painted):
         monkeypatch.setenv("RANK", str(rank))
         images("p.jsonl", "--out", "set", "--each", 1, "--shards", 2)
     assert len(painted) == len(set(painted)) == 5 and len(image_sets.read_table(Path("set"))) == 5
+    start = threading.Barrier(2)  # of two at once, one waits for the other
+
+    def look(_):
+        start.wait()
+        with alone(Path("set")):
+            inside.append(1)
+            time.sleep(0.05)
+            inside.append(-1)
+
+    inside: list[int] = []
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(look, range(2)))
+    assert inside == [1, -1, 1, -1]
     assert len(list(Path("set/shards").iterdir())) == 3
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(UserError, match="RANK"):

@@ -33,7 +33,7 @@ from ..sampling.jobs import Job, check_writable, is_finished
 from .gate import ClipGate
 from .llm import INSTALL
 from .painters import Painter, Source
-from .records import Prompt, write_lines
+from .records import Prompt, alone, write_lines
 
 COLUMNS = ("image", "prompt", "seed")  # of metadata.csv
 MOST = 1_000_000  # images of a folder
@@ -156,7 +156,14 @@ class ImageSet:
         return failed
 
     def write_tables(self) -> tuple[int, int]:
-        """metadata.csv, and rejected.csv where there is a gate, of what is drawn; returns the numbers of both."""
+        """metadata.csv, and rejected.csv where there is a gate, of what is drawn; returns the numbers of both.
+
+        Processes look and write one after the other, so the tables of the last one to be done are whole.
+        """
+        with alone(self.folder):
+            return self._write_tables()
+
+    def _write_tables(self) -> tuple[int, int]:
         kept, rejected = [], []
         for job in self.jobs:
             if self._is_drawn(job):
@@ -206,7 +213,7 @@ def write_shards(folder: Path, per_shard: int) -> int:
     except ImportError as error:
         raise UserError(f"shards need the package webdataset: {INSTALL}") from error
     rows = read_table(folder)
-    with atomic_path(folder / "shards") as place:
+    with alone(folder), atomic_path(folder / "shards") as place:
         place.mkdir()
         for number, start in enumerate(range(0, len(rows), per_shard)):
             with TarWriter(str(place / f"{number:05d}.tar"), user="", group="", encoder=False, mtime=0) as tar:

@@ -21,7 +21,6 @@ from ..errors import UserError, one_line
 from ..formats.header import parse_json
 
 INSTALL = "pip install l2p_fast[data]"
-LONGEST_WAIT = 60.0  # seconds that the openai client honors of a server's wish
 FORMS = ("json_schema", "json_object", "")  # how an answer's form is asked for, the strictest first
 
 

@@ -153,6 +153,15 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time inside, where the system has locks; the others wait."""
+    with open(folder / ".lock", "a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Ledger:
     """A file of prompts that grows line by line, held for this process.
 
