@@ -53,8 +53,9 @@ def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     values, x_scale = encode(x.flatten(0, -2), weight.dtype)
     if weight.dtype == torch.int8:
         out = torch._int_mm(values, weight.t()) * x_scale * scale.t()
-    else:  # its row-wise scales come with bf16 results only
-        out = torch._scaled_mm(values, weight.t(), scale_a=x_scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    else:  # its row-wise scales come with bf16 results only; sums of 3-bit products need no more than tensor cores keep
+        scales = {"scale_a": x_scale, "scale_b": scale.t(), "out_dtype": torch.bfloat16}
+        out = torch._scaled_mm(values, weight.t(), **scales, use_fast_accum=True)
     return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 

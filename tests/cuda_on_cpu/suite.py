@@ -23,7 +23,6 @@ LEFT_OUT = (
     "composed_is_plain",
     "cuda_equals_cpu",
     "cuda_is_reference",
-    "cuda_kernels_are_asked_for",
     "float32",
     "each_is_the_others_backward",
     "mistakes_are_named",
