@@ -246,6 +246,27 @@ def test_an_adapter_over_8_bits(tmp_path, bits):
         assert torch.equal(model.get_submodule(MODULE)(x).float(), plain)
 
 
+def test_fusing_is_all_or_nothing(tmp_path, monkeypatch):
+    """A layer that can't take its adapter is named before another changes; a hub's file is read as any other."""
+    from l2p_fast.sampling.pipeline import L2PPipeline, make_scheduler
+
+    pairs = pair("layers.0.attention.to_q", rows=32, columns=32) | pair(MODULE, rows=32, columns=32)
+    save_file(pairs | {f"{MODULE}.lora_B.bias": torch.ones(32)}, tmp_path / "l.safetensors")
+    pipe = L2PPipeline(tiny_transformer(), None, None, make_scheduler())
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: asked.append((a, k)) or tmp_path / a[1])
+    pipe.load_lora_weights("some/style", weight_name="l.safetensors", revision="main", adapter_name="style")
+    assert asked == [(("some/style", "l.safetensors"), {"revision": "main"})]
+    assert pipe.get_list_adapters() == {"transformer": ["style"]}
+    before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    with pytest.raises(UserError, match=f"{MODULE}: a LoRA can't be fused .* where a bias is lacking"):
+        pipe.fuse_lora()
+    assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="can't get l.safetensors of some/style from the hub"):
+        pipe.load_lora_weights("some/style", weight_name="l.safetensors", local_files_only=True)
+
+
 def test_bare_float8_weights_are_refused(tmp_path):
     save_file(pair(MODULE), tmp_path / "l.safetensors")
     model = tiny()

@@ -21,6 +21,8 @@ from ..formats.changes import Change, Pair
 from ..formats.names import plain_name
 from ..formats.shapes import HEAD
 
+CLOSED = "a LoRA can't be fused into weights of so few bits, or where a bias is lacking; keep the adapter"
+
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """A linear layer with any number of adapters over it.
@@ -77,6 +79,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self.changes[name]
         return Change(Pair(self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()))
 
+    def can_merge(self, names: list[str]) -> bool:
+        """Whether the weight (and bias) of the layer can take the adapters ``names``."""
+        base = self.get_base_layer()
+        return all(fits_sums(base, self.change_of(name)) for name in names if name in self.scaling)
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters into the layer's weight; see `fits_sums` for those that can't be.
@@ -88,9 +95,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names if name not in self.merged_adapters]
         if not names:
             return
+        if not self.can_merge(names):
+            raise UserError(CLOSED)
         base = self.get_base_layer()
-        if not all(fits_sums(base, self.change_of(name)) for name in names):
-            raise UserError("a LoRA can't be fused into weights of so few bits, or without the bias; keep the adapter")
         gain, delta, bias = self._sums(names)
         weight = weight_of(base, torch.float32)
         merged = weight * (1 + gain) + delta
@@ -200,6 +207,18 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def is_adaptable(module: nn.Module) -> bool:
     """Whether an adapter can lie over ``module``: it computes a linear layer."""
     return isinstance(module, (nn.Linear, BaseTunerLayer)) or hasattr(module, "weight_in")
+
+
+def check_fusing(model: nn.Module) -> None:
+    """That every adapter in use can be merged.
+
+    Raises:
+        UserError: it can't; nothing is changed.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+    closed = [name for name, layer in layers.items() if not layer.can_merge(layer.active_adapters)]
+    if closed:
+        raise UserError(f"{few(closed)}: {CLOSED}")
 
 
 def add_adapter(model: nn.Module, changes: Mapping[str, Change], name: str) -> None:

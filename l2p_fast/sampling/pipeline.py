@@ -244,21 +244,35 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         return encode_prompts(self.text_encoder, self.tokenizer, prompts, device, max_sequence_length)
 
     def load_lora_weights(self, source: Any, adapter_name: str | None = None, **kwargs) -> None:
-        """As in diffusers; a file or folder that is here is read by `formats.lora`, which knows more trainers' files.
+        """As in diffusers; what is a file is read by `formats.lora`, which knows more kinds and more trainers' names.
 
         Args:
-            source: a path, or whatever else diffusers takes (a hub id, a state dict).
+            source: a path, or a hub id; or a state dict in diffusers' names, which goes to diffusers, as does a hub id
+                without a ``weight_name``.
             adapter_name: None: default_0, default_1, ...
-            kwargs: diffusers' own; ``weight_name`` is a file of the folder ``source``.
+            kwargs: diffusers' own; ``weight_name`` is a file of the folder or repository ``source``.
 
         Raises:
-            UserError: see `formats.lora.read_lora`.
+            UserError: see `formats.lora.read_lora`; a file that can't be downloaded.
         """
-        if not isinstance(source, (str, os.PathLike)) or not os.path.exists(source):
+        name = kwargs.get("weight_name")
+        here = isinstance(source, (str, os.PathLike)) and os.path.exists(source)
+        if not here and (name is None or not isinstance(source, str)):
             super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
             return
-        path = Path(source, kwargs["weight_name"]) if kwargs.get("weight_name") else Path(source)
+        path = Path(source, name or "") if here else _download(source, name, kwargs)
         load_lora(self.transformer, path, adapter=adapter_name or get_adapter_name(self.transformer))
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers: put the adapters into the weights; all of them or none.
+
+        Raises:
+            UserError: weights of so few bits that they can't take them, or layers without the bias that is added to.
+        """
+        from ..models.adapters import check_fusing  # PEFT takes long to import
+
+        check_fusing(self.transformer)
+        super().fuse_lora(*args, **kwargs)
 
     def coarse_resolution(self, height: int, width: int, coarse_size: int | None = None) -> tuple[int, int] | None:
         """Height and width in pixels of the coarse start of a ``height`` x ``width`` image; None: it has none.
@@ -521,6 +535,18 @@ def _check_prompts(prompt, negative_prompt, prompt_embeds, negative_embeds) -> t
     if not all(isinstance(text, str) for text in prompts + negatives):
         raise UserError("prompt and negative_prompt must be strings or lists of strings")
     return prompts, negatives
+
+
+def _download(repository: str, name: str, options: dict[str, Any]) -> Path:
+    """A file of a repository of the hub, fetched once; ``options`` are those of diffusers' loaders."""
+    from huggingface_hub import hf_hub_download
+
+    known = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+    try:
+        return Path(hf_hub_download(repository, name, **{key: options[key] for key in known if key in options}))
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"can't get {name} of {repository} from the hub: {reason}") from error
 
 
 def load_pipeline(
