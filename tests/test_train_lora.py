@@ -53,6 +53,7 @@ def test_pairs_alone(world):
     torch.testing.assert_close(change, 2 * up @ down, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_learns_by_pairs(world):
     run, folder = world
     run(*LORA, "freeze.policy=pixels", "steps=40", "objective.grid=1", "optim.lr=1e-2", "save_every=100")
@@ -89,7 +90,7 @@ def test_resuming_pairs_is_as_if_it_had_not_stopped(world):
         run("lora.rank=8", "freeze.policy=pixels", "steps=6")
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])  # 8 on two processes below
 def test_pairs_over_frozen_weights_of_few_bits(world, bits):
     pytest.importorskip("bitsandbytes", reason="pip install l2p_fast[train]")
     run, folder = world
