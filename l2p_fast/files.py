@@ -21,9 +21,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     What is written at the temporary path may be a file or a folder. A folder replaces an existing one.
 
     Raises:
-        UserError: the folder of ``path`` can't be written.
+        UserError: the folder of ``path`` can't be written, or ``path`` is a device or a pipe, which a file must not
+            replace.
     """
     path = Path(path)
+    if is_special(path):
+        raise UserError(f"can't write {path}: it is a device or a pipe; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(prefix=".l2p-", dir=path.parent))  # short: names end at 255 bytes
@@ -44,6 +47,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether ``path`` is neither a file nor a folder, or one only by way of /proc, as /dev/stdout is."""
+    try:
+        mode = os.stat(path).st_mode
+        if path.is_symlink() and os.readlink(path).startswith("/proc/"):
+            return True
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def near_path(path: str) -> str:

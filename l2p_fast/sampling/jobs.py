@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import FieldError, UserError
-from ..files import near_path
+from ..files import is_special, near_path
 from .drawing import FORMATS, SUFFIXES, read_settings
 from .request import RANGES, Lora, Request, Setup
 
@@ -135,6 +135,8 @@ def check_writable(path: Path) -> None:
         raise FieldError("out", f"can't be written: {path}, no permission in {folder}; choose another folder")
     if path.is_dir():
         raise FieldError("out", f"{path} is a folder; choose another name")
+    if is_special(path):
+        raise FieldError("out", f"{path} is a device or a pipe; name a file")
 
 
 def is_finished(job: Job, setup: Setup, any_seed: bool) -> bool:
