@@ -254,6 +254,15 @@ def test_features_are_computed_once(sets, tmp_path):
     assert network.calls == 2 * 21 * 11
 
 
+def test_sizes_are_those_of_upright_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGB", (30, 20)).save(tmp_path / "b.png")
+    for item, size in zip(items_of_folder(str(tmp_path)), ((30, 20), (20, 30)), strict=True):
+        assert item.size() == size == item.load().size[::-1]
+
+
 def test_an_interrupted_computation_goes_on(sets, tmp_path):
     cache, done = Cache(tmp_path), []
 
@@ -376,5 +385,8 @@ def test_a_moved_grid(way, size):
     assert all(out.shape == x.shape for out in outs)
     for step, out in enumerate(outs):
         changes = (out.diff(dim=3).abs() > 1e-6).any(dim=2).any(dim=1).any(dim=0)
-        assert changes.tolist() == [(c + offset(step, 8)[1]) % 8 == 0 for c in range(1, size[1])]
+        right = offset(step, 8)[1] + (4 if way == "pad" else 0)
+        assert changes.tolist() == [(c + right) % 8 == 0 for c in range(1, size[1])]
+    moves = torch.tensor([offset(step, 64) for step in range(200)]).float()
+    assert moves.abs().max() <= 32 and moves.mean(dim=0).abs().max() < 1
     assert offset(0, 8) == (0, 0) and len({offset(step, 64) for step in range(50)}) == 50

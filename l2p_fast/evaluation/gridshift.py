@@ -20,8 +20,11 @@ _STEPS = (0.7548776662466927, 0.5698402909980532)  # the plane's most even seque
 
 
 def offset(step: int, unit: int) -> tuple[int, int]:
-    """How far the grid is moved at a step, in pixels down and right: spread evenly over a unit; first not at all."""
-    return tuple(int(step * share % 1 * unit) for share in _STEPS)
+    """How far the state is moved at a step, in pixels down and right: evenly over half a unit to either side.
+
+    The mean is 0, or else the things in the image would move, too.
+    """
+    return tuple(round(((step * share + 0.5) % 1 - 0.5) * (unit - 1)) for share in _STEPS)
 
 
 class ShiftedGrid(nn.Module):
@@ -50,7 +53,7 @@ class ShiftedGrid(nn.Module):
             down, right = offset(step, self.inner.patch_size)
             raw = self.inner(torch.roll(pixels, (down, right), (2, 3)), t, cond=cond, step=step)
             return torch.roll(raw, (-down, -right), (2, 3))
-        down, right = offset(step, unit)
+        down, right = (unit // 2 + moved for moved in offset(step, unit))
         mode = "reflect" if unit < min(height, width) else "circular" if unit <= min(height, width) else "replicate"
         moved = F.pad(pixels, (right, unit - right, down, unit - down), mode=mode)
         raw = self.inner(moved, t, cond=cond, step=step)

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import atomic_path, regular
-from ..sampling.drawing import SUFFIXES, read_image, read_settings
+from ..sampling.drawing import SUFFIXES, open_image, read_image, read_settings
 from .suites import TILED, Work, read_json_lines, read_text
 
 AT_ONCE = 128  # images whose features go into one file
+_ORIENTATION = 0x0112  # an EXIF tag
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,14 @@ class Item:
         width, height = image.width // 2, image.height // 2
         left, top = self.tile[0] * width, self.tile[1] * height
         return image.crop((left, top, left + width, top + height))
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what `load` returns, from the file's header."""
+        image = open_image("image", str(self.path))
+        width, height = image.size
+        if image.getexif().get(_ORIENTATION, 1) >= 5:  # lying on its side
+            width, height = height, width
+        return (height, width) if self.tile is None else (height // 2, width // 2)
 
     def digest(self, more: str = "") -> str:
         """Of the file as it is now, of the tile and of ``more``, without reading it."""

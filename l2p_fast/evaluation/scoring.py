@@ -141,7 +141,7 @@ def _inception(items: Sequence[Item], keys: Sequence[str], judges: Judges) -> li
         return of_item
 
     def patches(images: Sequence[Item]) -> Tensor:
-        places = crop_places([_size(item, judges.resize) for item in images])
+        places = crop_places([(judges.resize,) * 2 if judges.resize else item.size() for item in images])
         name = judges.name("inception") + "-patch"
         return judges.cache.features(name, images, crops(places), [f"{judges.resize} {at}" for at in places])
 
@@ -155,13 +155,6 @@ def _inception(items: Sequence[Item], keys: Sequence[str], judges: Judges) -> li
     if hasattr(judges.inception, "logits"):
         found.append(inception_statistic(keys, judges.inception.logits(features.to(judges.device)).cpu()))
     return found
-
-
-def _size(item: Item, resize: int) -> tuple[int, int]:
-    if resize:
-        return resize, resize
-    image = item.load()
-    return image.height, image.width
 
 
 def _resized(image: Image.Image, side: int, how: Image.Resampling) -> Image.Image:
