@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from .errors import Parser, UserError, few, run_cli
 from .formats.checkpoint import Checkpoint
 from .formats.names import LAYOUTS
-from .formats.shapes import PIXEL_PARTS, model_shapes
 from .training.merging import LORA_LAYOUTS, lora_pieces, merged_pieces, open_trained
 from .variants import OF_PATCH, VARIANTS
 
@@ -81,12 +80,11 @@ def init(args: argparse.Namespace) -> None:
     found = source.model_config()
     patch = args.patch_size or VARIANTS[args.res].patch_size
     width = found.get("head_width", 1.0) if args.head_width is None else args.head_width
-    config = found | {"all_patch_size": (patch,), "all_f_patch_size": (1,), "in_channels": 3, "head_width": width}
-    wanted, shapes = model_shapes(config), source.shapes
+    wanted, shapes = source.layout.shapes(source.layout.in_pixels(found, patch, width)), source.shapes
     copied = [key for key in wanted if shapes.get(key) == wanted[key]]
     new = [key for key in wanted if key not in set(copied)]
     skipped = [key for key in shapes if shapes[key] != wanted.get(key)]
-    lost = [key for key in new if not key.startswith(PIXEL_PARTS)]
+    lost = [key for key in new if not key.startswith(source.layout.pixel_parts)]
     if lost:
         raise UserError(f"{source.path} lacks {len(lost)} tensors of the body ({few(lost)}); the file is incomplete")
     path = _prepare_out(args.out, args.overwrite, source)
@@ -108,7 +106,7 @@ def init(args: argparse.Namespace) -> None:
 def merge(args: argparse.Namespace) -> None:
     """A trained delta or a LoRA over its base."""
     base = Checkpoint(args.base)
-    wanted = model_shapes(base.l2p_config())
+    wanted = base.layout.shapes(base.l2p_config())
     trained = open_trained(args.delta, args.ema, wanted)
     path = _prepare_out(args.out, args.overwrite, trained.source, base)
     pieces = merged_pieces(base, trained, wanted, args.scale, _dtype(args.dtype))
@@ -126,7 +124,7 @@ def merge(args: argparse.Namespace) -> None:
 def export_lora(args: argparse.Namespace) -> None:
     """A LoRA in another program's names."""
     base = Checkpoint(args.base)
-    trained = open_trained(args.source, args.ema, model_shapes(base.l2p_config()))
+    trained = open_trained(args.source, args.ema, base.layout.shapes(base.l2p_config()))
     path = _prepare_out(args.out, args.overwrite, trained.source)
     pieces = lora_pieces(trained, args.layout, _dtype(args.dtype))
     _write(argparse.Namespace(), path, pieces, {})
@@ -140,7 +138,9 @@ def export(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"([A-Za-z0-9_]+\.)*", args.prefix):
         raise UserError(f"--prefix must be names that each end in a dot (model.diffusion_model.), got {args.prefix}")
     source = Checkpoint(args.source)
-    wanted = model_shapes(source.l2p_config())
+    wanted = source.layout.shapes(source.l2p_config())
+    if args.layout != "published" and not source.layout.other_names:
+        raise UserError(f"{source.path}: {source.layout.source.title} has no {args.layout} layout; leave --layout out")
     path = _prepare_out(args.out, args.overwrite, source)
     from .formats.write import Piece
 
@@ -174,12 +174,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser(
         "init",
         parents=[common],
-        help="a latent Z-Image (or an L2P of another size) -> the start of a pixel model",
+        help="a latent model (or an L2P of another size) -> the start of a pixel model",
         description="Copy every tensor whose name and shape match, and draw the patch embedding and the head anew: "
         "uniform in +-1/sqrt(fan_in), PyTorch's default, each tensor from a generator seeded by its name and --seed. "
         "From an L2P checkpoint the parts of its head that fit are kept too. The result is meant to be trained.",
     )
-    sub.add_argument("source", help="a Z-Image folder or file, or an L2P checkpoint")
+    sub.add_argument("source", help="the folder or file of a source model (Z-Image, FLUX, ...), or an L2P checkpoint")
     size = sub.add_mutually_exclusive_group(required=True)
     size.add_argument("--res", choices=VARIANTS, help="what the model is for; patch 16, 64, 128 or 160")
     size.add_argument("--patch-size", type=int, choices=sorted(OF_PATCH), help="the same, named by the patch")

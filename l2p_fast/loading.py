@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -16,11 +17,24 @@ from .errors import UserError, few
 from .formats.changes import Change
 from .formats.checkpoint import Checkpoint
 from .formats.lora import read_lora
-from .formats.text_encoder import check_tokenizer, open_encoder
+from .formats.sources import LAYOUTS
+from .formats.text_encoder import KINDS, check_tokenizer, compare_encoder, open_encoder
 from .formats.values import default_dtype, fill, is_finite
+from .models.pixel import PixelModel, empty
 from .models.text import template_prompt
-from .models.zimage import L2PTransformer2DModel, build_empty
 from .quantize import products
+from .variants import SOURCES
+
+
+def model_class(source: str) -> type[PixelModel]:
+    """The pixel model of a row of `variants.SOURCES`."""
+    module = importlib.import_module(f".models.{source}", __package__)
+    return getattr(module, SOURCES[source].class_name)
+
+
+def build_empty(config: Mapping[str, Any], source: str = "zimage") -> PixelModel:
+    """The model of ``config``, of a row of `variants.SOURCES`, on the meta device; see `models.pixel.empty`."""
+    return empty(model_class(source), config)
 
 
 def load_model(
@@ -29,7 +43,7 @@ def load_model(
     device: str | torch.device = "cpu",
     quantize: str | None = None,
     **overrides: Any,
-) -> L2PTransformer2DModel:
+) -> PixelModel:
     """Load an L2P checkpoint of any supported file layout (see `Checkpoint`) as a model in evaluation mode.
 
     The configuration comes from keys and shapes; ``config.json`` of a folder or our files' metadata add what shapes
@@ -52,7 +66,7 @@ def load_model(
     if quantize is not None:
         products.check(quantize, device)
     checkpoint = Checkpoint(path)
-    model = build_empty(checkpoint.l2p_config(**overrides))
+    model = build_empty(checkpoint.l2p_config(**overrides), checkpoint.layout.source.name)
     if quantize is not None:
         products.quantize_blocks(model, quantize)
     checkpoint.fill(model, dtype, device)
@@ -166,57 +180,112 @@ def _merge(model: nn.Module, several: Sequence[tuple[Mapping[str, Change], float
 def load_text_encoder(
     source: str | os.PathLike, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Any, Any]:
-    """The Qwen3 text encoder and its tokenizer, from a folder with ``text_encoder/`` and ``tokenizer/`` in it.
+    """The Qwen3 text encoder of a Z-Image folder and its tokenizer; see `load_text_encoders`."""
+    return load_text_encoders(source, "zimage", dtype, device)[0]
+
+
+def load_text_encoders(
+    folder: str | os.PathLike,
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> list[tuple[Any, Any]]:
+    """The text encoders and tokenizers of a source model, from a folder with ``text_encoder/``, ``tokenizer/``, ...
 
     Every tensor must be there and of its shape. Only safetensors and JSON are read; no code of the folder runs, and
     nothing is fetched.
 
     Args:
-        source: the folder; or a hub id (``Tongyi-MAI/Z-Image-Turbo``), which is downloaded once and then read so.
-        dtype: of the encoder's parameters; None: as stored.
+        folder: the folder; or a hub id (``Tongyi-MAI/Z-Image-Turbo``), which is downloaded once and then read so.
+        source: whose, a row of `variants.SOURCES`.
+        dtype: of the encoders' parameters; None: as stored.
         device: where they are put as they are read.
 
     Raises:
         UserError: a file or a tensor is missing, renamed, misshapen or damaged; a pickle; another model or tokenizer.
     """
-    # By their own modules: transformers' automatic classes take seconds to import.
-    from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
+    parts = LAYOUTS[source].text
+    path = _text_folder(folder, [name for encoder, tokenizer, _ in parts for name in (encoder, tokenizer)])
+    return [_load_encoder(path, *part, dtype, device) for part in parts]
 
-    folder = _text_folder(source)
-    files = open_encoder(folder)
-    tokenizer = _load_tokenizer(check_tokenizer(folder), files.config["vocab_size"])
-    dtype = dtype or default_dtype(files.tensors.values())
-    config = Qwen3Config(**files.config, tie_word_embeddings=True, dtype=dtype)
-    with torch.device("meta"):
-        encoder = Qwen3Model(config)
-    fill(encoder, files.tensors, dtype, device)
-    encoder.rotary_emb = Qwen3RotaryEmbedding(config).to(device)  # its tables are in no file
+
+# By their own modules: transformers' automatic classes take seconds to import. Of each kind of `text_encoder.KINDS`:
+# the module, the configuration, the encoder and what makes its tables anew, which are in no file.
+_CLASSES = {
+    "qwen3": ("qwen3.modeling_qwen3", "Qwen3Config", "Qwen3Model"),
+    "qwen2_5_vl": ("qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VLTextConfig", "Qwen2_5_VLTextModel"),
+    "clip": ("clip.modeling_clip", "CLIPTextConfig", "CLIPTextModel"),
+    "clip_projected": ("clip.modeling_clip", "CLIPTextConfig", "CLIPTextModelWithProjection"),
+    "t5": ("t5.modeling_t5", "T5Config", "T5EncoderModel"),
+}
+_TOKENIZERS = {
+    "qwen": ("qwen2.tokenization_qwen2", "Qwen2Tokenizer"),
+    "clip": ("clip.tokenization_clip", "CLIPTokenizer"),
+    "t5": ("t5.tokenization_t5", "T5Tokenizer"),
+}
+
+
+def _load_encoder(
+    folder: Path, part: str, tokenizer_part: str, kind: str, dtype: torch.dtype | None, device: str | torch.device
+) -> tuple[Any, Any]:
+    files = open_encoder(folder, part, kind)
+    module, config_name, name = _CLASSES[kind]
+    module = importlib.import_module(f"transformers.models.{module}")
+    config = getattr(module, config_name)(**files.config, tie_word_embeddings=True, dtype=dtype or torch.float32)
+    try:
+        with torch.device("meta"):
+            encoder = getattr(module, name)(config)
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{folder / part}: its config.json tells no model: {str(error).splitlines()[0]}") from error
+    prefix = "text_model." if any(key.startswith("text_model.") for key in encoder.state_dict()) else ""
+    shapes = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    shapes.pop("encoder.embed_tokens.weight", None)  # T5's, tied to its shared embeddings
+    compare_encoder(files, {key.removeprefix(prefix): shape for key, shape in shapes.items()}, folder / part)
+    tokenizer = _load_tokenizer(check_tokenizer(folder, tokenizer_part, kind), kind, files.config["vocab_size"])
+    tensors = {key: files.tensors[key.removeprefix(prefix)] for key in shapes}
+    fill(encoder, tensors, dtype or default_dtype(files.tensors.values()), device)
+    _make_tables(encoder, config, device)
+    limit = files.config.get("max_position_embeddings", 0)
+    if kind.startswith("clip") and not 2 <= tokenizer.model_max_length <= limit:
+        raise UserError(
+            f"{folder / tokenizer_part}: model_max_length must be from 2 to the encoder's {limit} positions, got "
+            f"{tokenizer.model_max_length}"
+        )
     return encoder.eval(), tokenizer
 
 
-def _text_folder(source: str | os.PathLike) -> Path:
+def _make_tables(encoder: Any, config: Any, device: str | torch.device) -> None:
+    """What an encoder made without memory lacks and no file holds: tables, and tied embeddings."""
+    for module in encoder.modules():
+        if hasattr(module, "rotary_emb"):
+            module.rotary_emb = type(module.rotary_emb)(config).to(device)
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(config.max_position_embeddings, device=device)[None]
+    if hasattr(encoder, "shared"):
+        encoder.encoder.embed_tokens.weight = encoder.shared.weight
+
+
+def _text_folder(source: str | os.PathLike, parts: Sequence[str]) -> Path:
     path, name = Path(source), os.fspath(source)
     if os.path.exists(path):
         return path
     # A mistyped path must not become a question to the hub.
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or os.path.exists(path.parent):
-        raise UserError(f"{name} does not exist; give a folder with text_encoder/ and tokenizer/ in it")
+        raise UserError(f"{name} does not exist; give a folder with {' and '.join(f'{p}/' for p in parts)} in it")
     from huggingface_hub import snapshot_download
 
-    wanted = ["text_encoder/*.json", "text_encoder/*.safetensors"]
-    wanted += [f"tokenizer/*.{end}" for end in ("json", "txt", "jinja")]
+    wanted = [f"{part}/*.{end}" for part in parts for end in ("json", "safetensors", "txt", "jinja")]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise UserError(f"can't get {name} from the hub: {str(error).splitlines()[0]}") from error
 
 
-def _load_tokenizer(path: Path, vocab_size: int) -> Any:
-    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
-
+def _load_tokenizer(path: Path, kind: str, vocab_size: int) -> Any:
+    module, name = _TOKENIZERS[KINDS[kind].tokenizer]
+    loader = getattr(importlib.import_module(f"transformers.models.{module}"), name)
     try:
-        tokenizer = Qwen2Tokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = loader.from_pretrained(path, local_files_only=True)
         template_prompt(tokenizer, "a prompt")
         largest = max(tokenizer.get_vocab().values(), default=-1)
     except (KeyboardInterrupt, SystemExit):

@@ -1,4 +1,4 @@
-"""The four published shapes of L2P, and all that is known of each. Nothing else in the package holds such a number.
+"""The four published shapes of L2P and the source models, and all that is known of each. No such number is elsewhere.
 
 A variant is told by its patch size: every checkpoint of that patch, the small bundled models included, has its head's
 levels and its size multiple. Imports no torch, so a command can check a size before anything heavy is loaded.
@@ -80,6 +80,44 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 OF_PATCH: dict[int, Variant] = {variant.patch_size: variant for variant in VARIANTS.values()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A family of latent models that pixel models are made from.
+
+    Attributes:
+        name: of its module in `models/`.
+        class_name: of its pixel model there.
+        title: as it is written.
+        hub: id of the model that convert's examples name.
+        text_tokens: of a prompt that are read at the most.
+        steps, guidance_scale: of sampling; None: the variant's.
+    """
+
+    name: str
+    class_name: str
+    title: str
+    hub: str
+    text_tokens: int = 512
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+
+# Sources that are distilled for few steps or for guidance keep neither through plain training, so steps are the
+# variant's. FLUX.1 [dev] is told its guidance by an embedding, so there is none beside it.
+SOURCES: dict[str, Source] = {
+    source.name: source
+    for source in (
+        Source("zimage", "L2PTransformer2DModel", "Z-Image", _TURBO),
+        Source("flux", "L2PFluxTransformer2DModel", "FLUX.1", "black-forest-labs/FLUX.1-dev", guidance_scale=1.0),
+        Source("flux2", "L2PFlux2Transformer2DModel", "FLUX.2 [klein]", "black-forest-labs/FLUX.2-klein-4B"),
+        Source("qwen_image", "L2PQwenImageTransformer2DModel", "Qwen-Image", "Qwen/Qwen-Image", 1024,
+               guidance_scale=4.0),
+        Source("sd3", "L2PSD3Transformer2DModel", "Stable Diffusion 3.5", "stabilityai/stable-diffusion-3.5-medium",
+               256, guidance_scale=4.5),
+    )
+}  # fmt: skip
 
 
 def nearest_sizes(size: int, multiple: int) -> str:

@@ -284,7 +284,7 @@ def test_peak_memory_is_the_model_and_its_largest_tensor(tmp_path):
     code = f"""
     import torch
     from l2p_fast import loading
-    from l2p_fast.models.zimage import build_empty
+    from l2p_fast.loading import build_empty
     torch.set_num_threads(1)
     build_empty({config | {"all_patch_size": (64,)}!r})  # warm imports
     torch.zeros(4).to(torch.bfloat16).isfinite().all()

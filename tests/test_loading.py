@@ -63,7 +63,7 @@ def test_peak_memory_while_quantizing(tmp_path):
     from l2p_fast.formats import values
     torch.set_num_threads(1)
     values.CHUNK = 1 << 20
-    from l2p_fast.models.zimage import build_empty
+    from l2p_fast.loading import build_empty
     from l2p_fast.quantize import products
     build_empty({config | {"all_patch_size": (16,)}!r})  # warm imports
     products.quantize_block(torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False).bfloat16()), "int8")

@@ -12,7 +12,7 @@ from tiny_pipeline import FEATURES, tiny_transformer
 pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
 
 from l2p_fast.errors import UserError
-from l2p_fast.models.zimage import build_empty
+from l2p_fast.loading import build_empty
 from l2p_fast.sampling import flow
 from l2p_fast.train import main
 from l2p_fast.training.config import Config, FreezeConfig, GridConfig, ObjectiveConfig, load_config

@@ -13,7 +13,7 @@ from tiny_training import curve, make_world, run_ranks, tiny_model, world_in
 
 from l2p_fast import convert, load_lora, load_model, train
 from l2p_fast.errors import UserError
-from l2p_fast.models.zimage import build_empty
+from l2p_fast.loading import build_empty
 from l2p_fast.training import state as checkpoints
 from l2p_fast.training.config import Config, LoraConfig, load_config
 from l2p_fast.training.freeze import freeze

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("yaml", reason="training needs PyYAML: pip install l2p_fast[train]")
 
+from l2p_fast.loading import build_empty
 from l2p_fast.models.blocks import TransformerBlock, rope_tables
 from l2p_fast.training.memory import block_bytes
 
@@ -19,7 +20,7 @@ from l2p_fast.training.memory import block_bytes
 MEASURE = """
 import json, sys, threading, time
 import bitsandbytes, torch
-from l2p_fast.models.zimage import build_empty
+from l2p_fast.loading import build_empty
 from l2p_fast.training import memory
 from l2p_fast.training.config import load_config
 from l2p_fast.training.freeze import freeze
@@ -103,7 +104,8 @@ def test_predicted_peak_is_the_measured_one(name):
 
 def test_what_a_block_keeps_scales_with_tokens_and_width():
     """The count on a small block holds for one of another size."""
-    kept, _ = block_bytes((16, 24, 24), torch.float32)
+    model = build_empty({"dim": 128, "n_heads": 2, "n_kv_heads": 2, "axes_dims": (16, 24, 24)})
+    kept, _ = block_bytes(model, torch.float32)["layers"]
     tokens, dim, seen = 96, 256, {}
     block = TransformerBlock(dim, 4, 1e-5, qk_norm=True)
     own = {p.untyped_storage().data_ptr() for p in block.parameters()}

@@ -15,7 +15,8 @@ from .folder import open_tensors
 from .header import parse_json
 from .names import bare_names, to_ours
 from .quantized import attach_scales
-from .shapes import HEAD, Shape, Shapes, block_numbers, checked_config, differences, infer_config, model_shapes
+from .shapes import HEAD, Shape, Shapes, block_numbers, differences
+from .sources import layout_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class Checkpoint:
     Attributes:
         tensors: our key -> `Stored`. Of a LoRA: its own names.
         metadata: the file's own, text by name.
+        layout: whose tensors they are, by their names.
         is_lora: whether it holds a LoRA.
         config: the constructor arguments that shapes don't tell, where the file or its folder keeps them.
 
@@ -46,9 +48,11 @@ class Checkpoint:
         raw, self.metadata, config = open_tensors(self.path)
         tensors = bare_names(raw, self.path)
         self.is_lora = any(_OF_LORA.search(name) for name in tensors)
-        self.tensors = tensors
+        self.tensors, self.layout = tensors, layout_of(tensors)
         if not self.is_lora:
-            self.tensors = to_ours(attach_scales(tensors, self.metadata, self.path), self.path)
+            self.tensors = attach_scales(tensors, self.metadata, self.path)
+            if self.layout.other_names:
+                self.tensors = to_ours(self.tensors, self.path)
         self.config = self._config(config)
 
     def _config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +65,7 @@ class Checkpoint:
                 f"{self.path}: its {METADATA_KEY} metadata is damaged ({error}); write the file again"
             ) from error
         try:
-            return checked_config({**own, **{name: value for name, value in config.items() if value is not None}})
+            return self.layout.checked({**own, **{name: value for name, value in config.items() if value is not None}})
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
 
@@ -72,20 +76,22 @@ class Checkpoint:
 
     # --- What it is --------------------------------------------------------------------------------------------------
     def kind(self) -> str:
-        """``l2p``, ``latent`` (a Z-Image), ``delta`` (only trained tensors), ``lora`` or ``other``."""
+        """``l2p``, ``latent`` (a source model), ``delta`` (only trained tensors), ``lora`` or ``other``."""
         names = self.tensors.keys()
         if self.is_lora:
             return "lora"
-        if any(name.startswith("all_final_layer.") for name in names):
+        layout = self.layout
+        if any(name.startswith(layout.dropped) for name in names):
             return "latent"
-        blocks = block_numbers("layers", self.tensors)
+        stacks = [block_numbers(stack, self.tensors) for stack in layout.stacks]
         head = any(name.startswith(HEAD) for name in names)
-        embedder = any(name.startswith("all_x_embedder.") for name in names)
-        if not blocks and not head and not embedder:
+        embedder = any(name.startswith(layout.embedder) for name in names)
+        if not any(stacks) and not head and not embedder:
             return "other"
-        if len(blocks) != max(blocks, default=0) + 1 or not (head or embedder):
+        whole = all(len(blocks) == max(blocks, default=0) + 1 for blocks in stacks)
+        if not whole or not (head or embedder):
             return "delta"
-        inputs = [s[-1] for name, s in self.shapes.items() if name.startswith("all_x_") and len(s) == 2]
+        inputs = [s[-1] for name, s in self.shapes.items() if name.startswith(layout.embedder) and len(s) == 2]
         if not head and any(n % 16 == 0 and n % 3 for n in inputs):
             return "latent"
         return "l2p"
@@ -95,10 +101,11 @@ class Checkpoint:
         kind = self.kind()
         if kind in kinds:
             return
-        wanted = "a Z-Image or L2P checkpoint" if "latent" in kinds else "a whole L2P checkpoint"
+        title = self.layout.source.title
+        wanted = f"a {title} or L2P checkpoint" if "latent" in kinds else "a whole L2P checkpoint"
         first = few(where.name for where in self.tensors.values())
         raise UserError(f"{self.path} is " + {
-            "latent": f"a latent Z-Image checkpoint, not {wanted}; make a pixel model of it first: "
+            "latent": f"a latent {title} checkpoint, not {wanted}; make a pixel model of it first: "
                       "python -m l2p_fast.convert init FILE --res 1k --out NEW.safetensors",
             "delta": f"a training output ({len(self.tensors)} tensors), not {wanted}; merge it first: "
                      "python -m l2p_fast.convert merge FILE --base BASE.safetensors --out NEW.safetensors",
@@ -117,9 +124,9 @@ class Checkpoint:
             )
 
     def model_config(self, **overrides: Any) -> dict[str, Any]:
-        """`infer_config` of this file, with what its folder or metadata adds, and ``overrides``."""
+        """The constructor arguments that this file tells, with what its folder or metadata adds, and ``overrides``."""
         try:
-            return infer_config(self.shapes) | self.config | overrides
+            return self.layout.infer(self.shapes) | self.config | overrides
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
 
@@ -132,7 +139,7 @@ class Checkpoint:
         self.demand("l2p")
         config = self.model_config(**overrides)
         try:
-            wanted = model_shapes(config)
+            wanted = self.layout.shapes(config)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
         self.compare(wanted)
@@ -192,6 +199,6 @@ def patch_size_of(path: str | Path) -> int | None:
     """
     try:
         checkpoint = Checkpoint(path)
-        return checkpoint.l2p_config()["all_patch_size"][0] if checkpoint.kind() == "l2p" else None
+        return checkpoint.layout.patch_size(checkpoint.l2p_config()) if checkpoint.kind() == "l2p" else None
     except UserError:
         return None

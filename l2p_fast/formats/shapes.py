@@ -1,5 +1,7 @@
 """Shapes <-> configuration, by arithmetic: what keys and shapes say about a model, and the ones that it must have.
 
+Here are Z-Image's and the Detailer Head's; `sources.py` has the other sources'.
+
 Loads no torch and builds no model, so that a stranger's file is judged before anything is made for it.
 
 Letters: D = model width, P = patch size in pixels, A = min(D, 256) width of the timestep embedding.
@@ -34,28 +36,31 @@ NOT_IN_SHAPES = {
     "x0_floor": (float, 1e-4, 1.0),
     "read_mean": (int, 1, 1 << 10),
 }
-_LISTS = ("axes_dims", "axes_lens")
+LISTS = {"axes_dims": 3, "axes_lens": 3}  # those that are lists, of how many numbers
+_WORDS = {3: "three numbers", 4: "four numbers"}
 
 
-def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``config`` says of `NOT_IN_SHAPES`.
+def checked_numbers(
+    config: Mapping[str, Any], known: Mapping[str, tuple[type, float, float]], lists: Mapping[str, int]
+) -> dict[str, Any]:
+    """What ``config`` says of the arguments ``known`` (type, lowest, highest), some of them ``lists`` of a length.
 
     Raises:
         UserError: a value of another type, or out of range.
     """
     found = {}
-    for name, (kind, low, high) in NOT_IN_SHAPES.items():
+    for name, (kind, low, high) in known.items():
         value = config.get(name)
         if value is None:
             continue
-        numbers = value if name in _LISTS and isinstance(value, (list, tuple)) else [value]
-        right = len(numbers) == (3 if name in _LISTS else 1)
+        numbers = value if name in lists and isinstance(value, (list, tuple)) else [value]
+        right = len(numbers) == lists.get(name, 1)
         for number in numbers:
             right &= type(number) in ((int,) if kind is int else (int, float)) and low <= number <= high
         if not right:
-            wanted = f"{'three numbers' if name in _LISTS else 'a number'} from {low:g} to {high:g}"
+            wanted = f"{_WORDS[lists[name]] if name in lists else 'a number'} from {low:g} to {high:g}"
             raise UserError(f"the configuration's {name} must be {wanted}, got {value!r:.60}")
-        found[name] = tuple(numbers) if name in _LISTS else kind(value)
+        found[name] = tuple(numbers) if name in lists else kind(value)
     return found
 
 
@@ -94,7 +99,7 @@ def infer_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         )
     (patch, f_patch), inputs = next(iter(embedders.items()))
     dim, head_dim = shapes["cap_embedder.1.weight"][0], shapes["layers.0.attention.norm_q.weight"][0]
-    counts = {stack: _count(stack, shapes) for stack in STACKS}
+    counts = {stack: count_blocks(stack, shapes) for stack in STACKS}
     config = {
         "all_patch_size": tuple(p for p, _ in embedders),
         "all_f_patch_size": tuple(f for _, f in embedders),
@@ -109,7 +114,7 @@ def infer_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     }
     head = {key.removeprefix(HEAD): shape for key, shape in shapes.items() if key.startswith(HEAD)}
     if head and patch in OF_PATCH:
-        config["head_width"] = _head_width(head, patch, dim)
+        config["head_width"] = head_width(head, patch, dim)
     return config
 
 
@@ -118,7 +123,8 @@ def block_numbers(stack: str, keys: Mapping[str, Any]) -> set[int]:
     return {int(m[1]) for m in (re.match(rf"{stack}\.(\d+)\.", key) for key in keys) if m}
 
 
-def _count(stack: str, shapes: Mapping[str, Shape]) -> int:
+def count_blocks(stack: str, shapes: Mapping[str, Shape]) -> int:
+    """How many blocks ``stack`` has; each must be there."""
     numbers = block_numbers(stack, shapes)
     count = len(numbers)
     if count > BLOCKS_LIMIT:
@@ -193,7 +199,7 @@ def head_shapes(patch: int, dim: int, width: float = 1.0) -> Shapes:
     return shapes
 
 
-def _head_width(head: Mapping[str, Shape], patch: int, dim: int) -> float:
+def head_width(head: Mapping[str, Shape], patch: int, dim: int) -> float:
     """The head's width multiplier: the first round number that gives all its shapes, 1.0 if none does."""
     bottleneck = head.get("bottleneck.0.weight", (0,))[0]
     if bottleneck in (0, BOTTLENECK) or bottleneck > 16 * BOTTLENECK:

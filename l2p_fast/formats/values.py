@@ -105,6 +105,8 @@ def fill(
         module = model.get_submodule(owner)
         if leaf == "weight" and hasattr(module, "load_weight"):
             module.load_weight(read_chunks(where, torch.float32), device)
+        elif leaf in module._buffers:
+            setattr(module, leaf, read_tensor(where, dtype, device))
         else:
             setattr(module, leaf, nn.Parameter(read_tensor(where, dtype, device)))
 

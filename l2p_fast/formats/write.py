@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..files import atomic_path
 from .checkpoint import METADATA_KEY, Checkpoint
 from .names import LAYOUTS, to_layout
-from .shapes import NOT_IN_SHAPES
+from .sources import NOT_IN_SHAPES
 from .values import DTYPES, is_finite
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -1,8 +1,9 @@
-"""Prompt -> text features of ragged length.
+"""Prompt -> text features, as the pipeline of each source model makes them.
 
-L2P is conditioned on Qwen3's last hidden state but one, of the prompt set in the chat template as the user's turn. The
-features keep no padding: what pads a sequence later is learned and belongs to the transformer. No prompt weighting and
-no long-prompt chunking here: the published models were trained on the first 512 tokens.
+The published L2P is conditioned on Qwen3's last hidden state but one, of the prompt set in the chat template as the
+user's turn (`encode_prompts`). The features keep no padding: what pads a sequence later is learned and belongs to the
+transformer. The other sources' modules put theirs together from `hidden_states`, `clip_features` and `t5_features`. No
+prompt weighting and no long-prompt chunking here: the models were trained on the first tokens.
 
 Letters: L_i tokens of prompt i, C features a token (2560 for Qwen3-4B).
 """
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+Encoders = Sequence[tuple[Any, Any]]  # text encoders with their tokenizers, in the order of the source's folder
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +29,15 @@ _PROMPTS_AT_ONCE = 16
 _ENCODING = threading.Lock()
 
 
-def template_prompt(tokenizer, prompt: str) -> str:
-    """``prompt`` as the user's turn of the tokenizer's chat template, thinking enabled, the answer about to begin.
+def template_prompt(tokenizer, prompt: str, thinking: bool = True) -> str:
+    """``prompt`` as the user's turn of the tokenizer's chat template, the answer about to begin.
 
     A tokenizer without a chat template gets the prompt as it is.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return prompt
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
     )
 
 
@@ -41,7 +45,7 @@ def tokenize(tokenizer, prompt: str, max_tokens: int = MAX_TOKENS) -> list[int]:
     """Token ids of the templated ``prompt``: at least one, at most ``max_tokens`` (the rest is cut, with a warning)."""
     ids = list(tokenizer(template_prompt(tokenizer, prompt))["input_ids"])
     if len(ids) > max_tokens:
-        logger.warning("the prompt has %d tokens; only the first %d are used: %.40s...", len(ids), max_tokens, prompt)
+        _warn_of_length(len(ids), max_tokens, prompt)
         ids = ids[:max_tokens]
     if not ids:  # an empty prompt and no template: the transformer still needs a token to attend to
         filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
@@ -87,3 +91,57 @@ def encode_prompts(
         for prompt, row, length in zip(batch, hidden, lengths.tolist(), strict=True):
             features[prompt] = row[:length].clone()  # a view would keep the whole batch alive
     return [features[prompt] for prompt in prompts]
+
+
+# --- Of other sources ------------------------------------------------------------------------------------------------
+def each_once(features: Callable[[str], torch.Tensor], prompts: Sequence[str]) -> list[torch.Tensor]:
+    """``features`` of each prompt, made once for each different one, without gradients."""
+    with torch.no_grad():
+        made = {prompt: features(prompt) for prompt in dict.fromkeys(prompts)}
+    return [made[prompt] for prompt in prompts]
+
+
+def hidden_states(
+    encoder, tokenizer, text: str, device: torch.device, max_tokens: int, fill: bool = False
+) -> list[torch.Tensor]:
+    """Every hidden state (L, C) of a causal model for ``text``, its embeddings first.
+
+    Args:
+        fill: up to ``max_tokens`` with the tokenizer's padding, which the text does not see, but which has features.
+    """
+    ids, mask = _tokens(tokenizer, text, max_tokens, fill)
+    with _ENCODING:
+        states = encoder(
+            input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
+        ).hidden_states
+    return [state[0] for state in states]
+
+
+def clip_features(encoder, tokenizer, prompt: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A CLIP's last hidden state but one (77, C), and its pooled vector, projected where the encoder has that."""
+    ids, _ = _tokens(tokenizer, prompt, tokenizer.model_max_length, fill=True)
+    with _ENCODING:
+        out = encoder(ids.to(device), output_hidden_states=True)
+    pooled = out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
+    return out.hidden_states[-2][0], pooled[0]
+
+
+def t5_features(encoder, tokenizer, prompt: str, device: torch.device, max_tokens: int) -> torch.Tensor:
+    """T5's last hidden state (max_tokens, C), of the padding too, which nothing masks."""
+    ids, _ = _tokens(tokenizer, prompt, max_tokens, fill=True)
+    return encoder(ids.to(device))[0][0]
+
+
+def _tokens(tokenizer, text: str, max_tokens: int, fill: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, each (1, L)."""
+    found = tokenizer(
+        text, padding="max_length" if fill else False, max_length=max_tokens, truncation=True, return_tensors="pt"
+    )
+    whole = len(tokenizer(text)["input_ids"])
+    if whole > max_tokens:
+        _warn_of_length(whole, max_tokens, text)
+    return found["input_ids"], found["attention_mask"]
+
+
+def _warn_of_length(tokens: int, most: int, text: str) -> None:
+    logger.warning("the prompt has %d tokens; only the first %d are used: %.40s...", tokens, most, text)

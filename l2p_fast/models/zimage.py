@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..formats.checkpoint import Checkpoint
 from ..formats.shapes import PIXEL_PARTS
 from ..ops import patchify
 from ..variants import OF_PATCH
@@ -42,6 +40,8 @@ from .blocks import (
     rope_tables,
 )
 from .detailer import DetailerHead
+from .pixel import PixelModel
+from .text import Encoders, encode_prompts
 
 CACHES = ("FirstBlockCache", "MagCache", "PyramidAttentionBroadcast", "TaylorSeerCache")  # of diffusers
 
@@ -67,7 +67,7 @@ class Conditioning:
     modulations: list[Tensor] | None = None
 
 
-class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, CacheMixin):
+class L2PTransformer2DModel(PixelModel, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, CacheMixin):
     """The pixel-space diffusion transformer of L2P (arXiv 2605.12013). The defaults are the published 1K model.
 
     Args:
@@ -106,6 +106,10 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     # Small or sensitive linears: for `llm_int8_skip_modules` and the like. The head's convolutions are never quantized.
     quantization_skip_modules = ["t_embedder", "cap_embedder", "all_x_embedder", "adaLN_modulation"]
     pixel_parts = PIXEL_PARTS
+    source = "zimage"
+    stacks = ("layers",)
+    packs_rows = True
+    of_time = ("adaLN_modulation",)
 
     @register_to_config
     def __init__(
@@ -160,42 +164,29 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         self.layers = blocks(n_layers, modulation=True)
         self.local_decoder = DetailerHead(patch, dim, head_width)
 
-    @classmethod
-    def from_single_file(
-        cls, path, torch_dtype: torch.dtype | None = None, device: torch.device | str = "cpu", **config
-    ) -> L2PTransformer2DModel:
-        """Load a checkpoint of any layout (see `Checkpoint`), in evaluation mode. ``config`` overrides arguments.
-
-        Every parameter is read straight into ``torch_dtype`` (None: `Checkpoint.default_dtype`) on ``device``.
-
-        Raises:
-            UserError: not a checkpoint, damaged, or of another model.
-        """
-        checkpoint = Checkpoint(path)
-        model = build_empty(checkpoint.l2p_config(**config))
-        checkpoint.fill(model, torch_dtype, device)
-        return model.eval()
-
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return self.config.all_patch_size[0]
 
     @property
-    def size_multiple(self) -> int:
-        """What height and width must be multiples of: the patch, but 320 for patch 160."""
-        return OF_PATCH[self.patch_size].size_multiple
+    def width(self) -> int:
+        return self.config.dim
 
     @property
-    def head(self) -> DetailerHead:
-        """What turns the transformer's features into pixels."""
-        return self.local_decoder
+    def heads(self) -> int:
+        return self.config.n_heads
+
+    @property
+    def text_width(self) -> int:
+        return self.config.cap_feat_dim
+
+    @property
+    def biased(self) -> bool:
+        return self.config.rope_grid is not None
 
     def blocks(self) -> Iterator[tuple[str, TransformerBlock]]:
-        """(dotted name, block) of every transformer block, in order of execution.
-
-        Freezing, sharding, checkpointing, quantizing and memory planning go by this and name no attribute of one model.
-        """
+        """(dotted name, block) of every transformer block, in order of execution: the refiners are no main stack."""
         for stack in ("noise_refiner", "context_refiner", "layers"):
             for i, block in enumerate(getattr(self, stack)):
                 yield f"{stack}.{i}", block
@@ -204,6 +195,13 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         """How many tokens each of `blocks` sees of ``image`` and ``text`` tokens."""
         stacks = (self.noise_refiner, image), (self.context_refiner, text), (self.layers, image + text)
         return [count for stack, count in stacks for _ in stack]
+
+    def small(self) -> L2PTransformer2DModel:
+        heads, per_head = 2, self.config.axes_dims
+        return L2PTransformer2DModel(
+            dim=heads * sum(per_head), n_heads=heads, n_kv_heads=heads, axes_dims=per_head, n_layers=1,
+            n_refiner_layers=1, cap_feat_dim=8, head_width=0.05,
+        )  # fmt: skip
 
     @property
     def modulated_blocks(self) -> list[TransformerBlock]:
@@ -233,42 +231,6 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         TransformerBlockRegistry.register(TransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         super().enable_cache(config)
 
-    def forward(
-        self,
-        pixels: Tensor,
-        t: Tensor | None = None,
-        cap_feats: Sequence[Tensor] | None = None,
-        *,
-        cond: Conditioning | None = None,
-        step: int | None = None,
-        windows: Sequence[tuple[int, int, int, int]] | None = None,
-    ) -> Tensor:
-        """The raw prediction x0 - eps.
-
-        Args:
-            pixels: (B, 3, H, W) noisy image, range about [-1, 1], any floating dtype.
-            t: (B,) model time 1 - sigma in [0, 1]; not needed with ``step``, but with ``x0_floor`` or ``read_mean``.
-            cap_feats: B tensors (L_i, cap_feat_dim), text features without padding; not needed with ``cond``.
-            cond: `prepare` of the same texts and size, to reuse what does not depend on the step.
-            step: index into the timesteps that ``cond`` was prepared with.
-            windows: B boxes (row, column, height, width) of one size in tokens: the head runs on these parts of the
-                images alone (with zeros around them), to train a head for large images in little memory.
-
-        Returns:
-            (B, 3, H, W) in the model's dtype; with ``windows``, of their size.
-
-        Raises:
-            UserError: sizes, counts or widths that don't fit the model or each other.
-        """
-        features = self.features(pixels, t, cap_feats, cond=cond, step=step)
-        if windows is not None:
-            pixels, features = cut(pixels, windows, self.patch_size), cut(features, windows)
-        out = self.head(pixels, features)
-        if self.config.x0_floor is not None:  # x = x0 - sigma (x0 - eps)
-            sigma = (1 - t.to(out.device, torch.float32)).clamp(min=self.config.x0_floor).view(-1, 1, 1, 1)
-            out = (out - pixels.to(out.dtype)) / sigma.to(out.dtype)
-        return out
-
     def features(
         self,
         pixels: Tensor,
@@ -279,18 +241,13 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         step: int | None = None,
     ) -> Tensor:
         """What the transformer hands to the Detailer Head: (B, D, h, w), channels-last; arguments as `forward`'s."""
-        batch, channels, height, width = pixels.shape if pixels.ndim == 4 else (0, 0, 0, 0)
-        if channels != 3 or batch == 0:
-            raise UserError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
         if cond is None:
             if cap_feats is None:
                 raise UserError("the model needs cap_feats, or cond = prepare(cap_feats, height, width)")
-            cond = self._prepare(cap_feats, height, width)
-        if cond.text.shape[0] != batch or cond.size != (height, width):
-            raise UserError(
-                f"the text conditioning is for {cond.text.shape[0]} samples of {cond.size[0]} x {cond.size[1]}, "
-                f"pixels are {batch} of {height} x {width}"
-            )
+            self.check_batch(pixels, len(pixels), tuple(pixels.shape[2:]))
+            cond = self._prepare(cap_feats, *pixels.shape[2:])
+        self.check_batch(pixels, cond.text.shape[0], cond.size)
+        batch, _, height, width = pixels.shape
         reduced = self.config.read_mean is not None
         if step is None or reduced or self.config.x0_floor is not None:
             if t is None or t.shape != (batch,):
@@ -341,8 +298,8 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
     def _prepare(
         self, cap_feats: Sequence[Tensor], height: int, width: int, timesteps: Tensor | None = None
     ) -> Conditioning:
-        self._check_size(height, width)
-        self._check_texts(cap_feats)
+        self.check_size(height, width)
+        self.check_texts(cap_feats)
         device = self.x_pad_token.device
         lengths = [len(c) for c in cap_feats]
         padded = [_round_up(n) for n in lengths]
@@ -456,37 +413,11 @@ class L2PTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attention
         bias[..., :image_length] = math.log(self.config.rope_grid**2 / math.prod(grid))
         return bias.to(device)
 
-    def _check_size(self, height: int, width: int) -> None:
-        step = self.size_multiple
-        if height < 1 or width < 1 or height % step or width % step:
-            near = [max(1, round(n / step)) * step for n in (height, width)]
-            raise UserError(
-                f"height and width must be multiples of {step} for this model, got {height} x {width}; "
-                f"try {near[0]} x {near[1]}"
-            )
-
-    def _check_texts(self, cap_feats: Sequence[Tensor]) -> None:
-        width = self.config.cap_feat_dim
-        if not len(cap_feats):
-            raise UserError("cap_feats must hold one tensor of text features per sample, got none")
-        for i, features in enumerate(cap_feats):
-            if features.ndim != 2 or features.shape[1] != width or not len(features):
-                raise UserError(
-                    f"cap_feats[{i}] must be (at least 1, {width}) text features, got {tuple(features.shape)}"
-                )
-
-
-def build_empty(config: Mapping[str, Any]) -> L2PTransformer2DModel:
-    """The model of ``config`` on the meta device: shapes, no memory.
-
-    Raises:
-        UserError: the constructor refuses ``config``.
-    """
-    try:
-        with torch.device("meta"):
-            return L2PTransformer2DModel(**config)
-    except UserError as error:
-        raise UserError(f"no L2P model has the sizes that these tensors tell: {error}") from error
+    @staticmethod
+    def encode(encoders: Encoders, prompts: Sequence[str], device: torch.device, max_tokens: int) -> list[Tensor]:
+        """Text features of prompts (L_i, C); see `encode_prompts`."""
+        ((encoder, tokenizer),) = encoders
+        return encode_prompts(encoder, tokenizer, prompts, device, max_tokens)
 
 
 @contextlib.contextmanager
@@ -505,12 +436,6 @@ def _onloaded(module: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.post_forward(module, None)
-
-
-def cut(x: Tensor, windows: Sequence[tuple[int, int, int, int]], unit: int = 1) -> Tensor:
-    """Of each sample of ``x`` (B, C, H, W) its box (row, column, height, width), counted in ``unit`` values."""
-    boxes = [[unit * value for value in box] for box in windows]
-    return torch.stack([part[:, r : r + h, c : c + w] for part, (r, c, h, w) in zip(x, boxes, strict=True)])
 
 
 def _round_up(length: int) -> int:

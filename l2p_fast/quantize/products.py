@@ -177,7 +177,7 @@ def _probe(model: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     side = 8 * model.size_multiple
     pixels = torch.randn(1, 3, side, side, generator=generator).to(model.device)
-    text = torch.randn(16, model.config.cap_feat_dim, generator=generator).to(model.device, model.dtype)
+    text = torch.randn(16, model.text_width, generator=generator).to(model.device, model.dtype)
     return model(pixels, torch.tensor([0.5], device=model.device), [text]).float()
 
 

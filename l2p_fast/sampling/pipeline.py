@@ -33,10 +33,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..errors import FieldError, UserError
 from ..formats.pipeline_folder import PipelineFolder, read_pipeline
-from ..loading import load_lora, load_model, load_text_encoder
-from ..models.text import MAX_TOKENS, encode_prompts
-from ..models.zimage import L2PTransformer2DModel
-from ..variants import NATIVE_TOKENS, OF_PATCH, SHIFT
+from ..loading import load_lora, load_model, load_text_encoders, model_class
+from ..models.pixel import PixelModel
+from ..variants import NATIVE_TOKENS, OF_PATCH, SHIFT, SOURCES
 from . import flow
 from .denoise import Predictor, Stop, denoise
 from .pixels import OUTPUT_TYPES, draw_noise, image_to_pixels, images_of, pixels_to_images, size_of
@@ -94,6 +93,10 @@ def set_schedule(
     return scheduler.sigmas
 
 
+_PAIRS = tuple((f"text_encoder{end}", f"tokenizer{end}") for end in ("", "_2", "_3"))
+_MORE = [name for pair in _PAIRS[1:] for name in pair]
+
+
 class _Run(threading.local):
     """What belongs to the run of the present thread."""
 
@@ -108,11 +111,12 @@ class _Run(threading.local):
 
 
 class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
-    """Text-to-image and image-to-image with an `L2PTransformer2DModel`.
+    """Text-to-image and image-to-image with an `L2PTransformer2DModel`, or the pixel model of another source.
 
     Args:
         transformer: the L2P model.
-        text_encoder: transformers Qwen3 model; None when only ``prompt_embeds`` are used.
+        text_encoder: its source's text encoder (Z-Image's: a transformers Qwen3 model); None when only
+            ``prompt_embeds`` are used.
         tokenizer: its tokenizer.
         scheduler: `make_scheduler()`, or any flow-matching scheduler of diffusers.
         default_steps, default_guidance_scale: what `__call__` takes when not told; None: by the patch size.
@@ -120,15 +124,16 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         coarse_strength: sigma in (0, 1] at which the full-size run takes over from the coarse one.
         full_guidance_scale: the most guidance at full size after a coarse start, which has decided what the image
             shows; 1 halves the work there. None: no limit.
+        text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3: of sources that have several.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer"
-    _optional_components = ["text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer"
+    _optional_components = ["text_encoder", "tokenizer", *_MORE]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
     def __init__(
         self,
-        transformer: L2PTransformer2DModel,
+        transformer: PixelModel,
         text_encoder: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
         scheduler: SchedulerMixin,
@@ -137,10 +142,15 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         coarse_size: int | None = None,
         coarse_strength: float | None = None,
         full_guidance_scale: float | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_3: PreTrainedModel | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
+        more = dict(zip(_MORE, (text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3), strict=True))
         self.register_modules(
-            transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
+            transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler, **more
         )
         self.register_to_config(
             default_steps=default_steps,
@@ -160,6 +170,14 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         )  # fmt: skip
         return super().components | {name: self.config[name] for name in defaults}
 
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
+        """The classes that diffusers takes for a component, by name: any pixel model.
+
+        Asked before a folder is loaded, so their modules are imported then: diffusers itself imports none of ours.
+        """
+        return super()._get_signature_types() | {"transformer": tuple(model_class(name) for name in SOURCES)}
+
     @property
     def execution_device(self) -> torch.device:
         """Where it computes, offloaded or not."""
@@ -178,13 +196,13 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
     @property
     def default_steps(self) -> int:
         """Steps when `__call__` is not told how many."""
-        return self.config.default_steps or OF_PATCH[self.patch_size].steps
+        return self.config.default_steps or SOURCES[self.transformer.source].steps or OF_PATCH[self.patch_size].steps
 
     @property
     def default_guidance_scale(self) -> float:
         """Guidance scale when `__call__` is not told."""
-        scale = self.config.default_guidance_scale
-        return OF_PATCH[self.patch_size].guidance_scale if scale is None else scale
+        own, source = self.config.default_guidance_scale, SOURCES[self.transformer.source].guidance_scale
+        return next(g for g in (own, source, OF_PATCH[self.patch_size].guidance_scale) if g is not None)
 
     @property
     def default_shift(self) -> float:
@@ -235,13 +253,15 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         return self._run.cfg_batched
 
     def encode_prompt(
-        self, prompts: Sequence[str], device: torch.device | None = None, max_sequence_length: int = MAX_TOKENS
+        self, prompts: Sequence[str], device: torch.device | None = None, max_sequence_length: int | None = None
     ) -> list[Tensor]:
-        """Features (L_i, C) of each prompt; see `models.text.encode_prompts`."""
+        """Features (L_i, C) of each prompt, as the pipeline of the model's source makes them."""
         if self.text_encoder is None or self.tokenizer is None:
             raise UserError("this pipeline has no text encoder: load one, or pass (negative_)prompt_embeds")
         device = device or self._execution_device
-        return encode_prompts(self.text_encoder, self.tokenizer, prompts, device, max_sequence_length)
+        encoders = [(getattr(self, encoder), getattr(self, tokenizer)) for encoder, tokenizer in _PAIRS]
+        encoders = [pair for pair in encoders if pair[0] is not None]
+        return self.transformer.encode(encoders, prompts, device, max_sequence_length or self.transformer.max_tokens)
 
     def load_lora_weights(self, source: Any, adapter_name: str | None = None, **kwargs) -> None:
         """As in diffusers; what is a file is read by `formats.lora`, which knows more kinds and more trainers' names.
@@ -307,7 +327,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         strength: float = 0.6,
         prompt_embeds: Sequence[Tensor] | None = None,
         negative_prompt_embeds: Sequence[Tensor] | None = None,
-        max_sequence_length: int = MAX_TOKENS,
+        max_sequence_length: int | None = None,
         cfg_batch: bool | str = "auto",
         coarse_size: int | None = None,
         coarse_strength: float | None = None,
@@ -334,7 +354,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             image: one to start from (image-to-image), n or B; see `pixels.image_to_pixels`.
             strength: in (0, 1]: the share of the steps that an image-to-image run takes; 1 ignores the image.
             prompt_embeds, negative_prompt_embeds: n tensors (L_i, C) instead of the prompts.
-            max_sequence_length: tokens of a prompt that are read, at most 512.
+            max_sequence_length: tokens of a prompt that are read, at most (and by default) the model's: 512.
             cfg_batch: both halves of guidance as one batch: True, False, or "auto" (True until memory forbids).
             coarse_size, coarse_strength: override the config's; ``coarse_size`` 0 switches the coarse start off. With
                 it the image is first sampled small, enlarged, noised to the first sigma <= ``coarse_strength`` and
@@ -364,8 +384,9 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             check_number(name, value, _NAMES.get(name))
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        if not 1 <= max_sequence_length <= MAX_TOKENS:
-            raise UserError(f"max_sequence_length must be from 1 to {MAX_TOKENS}, got {max_sequence_length}")
+        if max_sequence_length is not None and not 1 <= max_sequence_length <= self.transformer.max_tokens:
+            most = self.transformer.max_tokens
+            raise UserError(f"max_sequence_length must be from 1 to {most}, got {max_sequence_length}")
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if cfg_batch not in (True, False, "auto"):
@@ -580,5 +601,10 @@ def load_pipeline(
     transformer = load_model(
         os.path.join(model, "transformer") if is_pipeline else model, torch_dtype, device, quantize=quantize
     )
-    encoder, tokenizer = load_text_encoder(model if text_encoder is None else text_encoder, transformer.dtype, device)
-    return L2PPipeline(transformer, encoder, tokenizer, make_scheduler(stored.shift), **stored.defaults)
+    folder, source = model if text_encoder is None else text_encoder, transformer.source
+    loaded = load_text_encoders(folder, source, transformer.dtype, device)
+    (encoder, tokenizer), more = loaded[0], [part for pair in loaded[1:] for part in pair]
+    scheduler = make_scheduler(stored.shift)
+    return L2PPipeline(
+        transformer, encoder, tokenizer, scheduler, **stored.defaults, **dict(zip(_MORE, more, strict=False))
+    )

@@ -134,19 +134,19 @@ class Session:
 
     def choose_attention(self, height: int, width: int) -> str:
         """Settle the attention backend for images of this size; returns its name and why, as words."""
-        config, patch = self.pipeline.transformer.config, self.pipeline.patch_size
-        biased = config.rope_grid is not None
+        model, patch = self.pipeline.transformer, self.pipeline.patch_size
         tokens = (height // patch) * (width // patch) + attention.TEXT_TOKENS
-        shape = 1, tokens, config.n_heads, config.dim // config.n_heads
-        given = shape, self.pipeline.transformer.dtype, torch.device(self.pipeline.execution_device), biased
+        shape = 1, tokens, model.heads, model.width // model.heads
+        given = shape, model.dtype, torch.device(self.pipeline.execution_device), model.biased
         name, why = self.setup.attention, ""
         if name == "auto":
             name, words = attention.fastest(*given)
             why = f" ({words})"
             self.setup = replace(self.setup, attention=name)
         else:
-            attention.check(name, biased)
-        return f"{name}{why}; {attention.ragged(name, *given)}"
+            attention.check(name, model.biased)
+        how = attention.ragged(name, *given) if model.packs_rows else "ragged batches masked"
+        return f"{name}{why}; {how}"
 
     def fill(self, request: Request) -> Request:
         """``request`` with every choice that it leaves to the model made.

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..formats.checkpoint import Checkpoint
 from ..formats.names import plain_name
-from ..loading import load_model
-from ..models.zimage import L2PTransformer2DModel, build_empty
+from ..loading import build_empty, load_model
+from ..models.pixel import PixelModel
 from ..quantize.frozen import quantize_frozen
 from .config import Config
 from .freeze import freeze
@@ -29,12 +29,12 @@ def check_base(config: Config) -> None:
     if not config.model.base:
         raise UserError(
             "no model to start from; give model.base=FILE, a whole L2P checkpoint "
-            "(python -m l2p_fast.convert init makes one from a Z-Image)"
+            "(python -m l2p_fast.convert init makes one from a Z-Image or another source)"
         )
     Checkpoint(config.model.base).demand("l2p")
 
 
-def build(config: Config, workers: Workers) -> tuple[L2PTransformer2DModel, dict[str, nn.Parameter]]:
+def build(config: Config, workers: Workers) -> tuple[PixelModel, dict[str, nn.Parameter]]:
     """The model ready to train, and its trained parameters by name.
 
     Raises:
@@ -48,7 +48,8 @@ def build(config: Config, workers: Workers) -> tuple[L2PTransformer2DModel, dict
         _quantize(model, bits, lambda _, parameter: parameter)
     else:
         base = Checkpoint(config.model.base)
-        model = nn.Module.to(build_empty(base.model_config()), dtype)  # diffusers' own warns, whatever the model
+        model = build_empty(base.model_config(), base.layout.source.name)
+        model = nn.Module.to(model, dtype)  # diffusers' own warns, whatever the model
         base.compare({key: tuple(value.shape) for key, value in model.state_dict().items()})
         freeze(model, config.freeze, bool(config.lora.rank))
         pairs = targets(model, config.lora)
@@ -81,7 +82,7 @@ def autocast(config: Config, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def _quantize(model: L2PTransformer2DModel, bits: int, read) -> None:
+def _quantize(model: PixelModel, bits: int, read) -> None:
     if bits < 16:
         for name, block in model.blocks():
             quantize_frozen(block, bits, read, f"{name}.")

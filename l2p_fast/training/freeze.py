@@ -1,13 +1,15 @@
 """What is trained, as data: a policy is a list of parameter name patterns.
 
-    paper       what a pixel model has of its own, and the first and last n blocks of the main stack
+    paper       what a pixel model has of its own, and the first and last n blocks of the main stacks
     published   all but the blocks between
     full        everything
     pixels      what a pixel model has of its own
     none        nothing: for a LoRA alone
 
-The main stack is the model's last one. In a pattern ``{first}`` stands for each of its first n blocks, ``{last}`` for
-each of its last n; ``*`` and ``[0-4]`` are the shell's.
+The main stacks are a model's own to tell (`PixelModel.main_blocks`): all blocks but refiners, in order of execution,
+over several stacks where there are several. In a pattern ``{first}`` stands for the name of each of the first n blocks,
+``{last}`` for each of the last n (``{first}.*``; ``layers.{first}.*`` for those of one stack); ``*`` and ``[0-4]`` are
+the shell's.
 """
 
 from __future__ import annotations
@@ -15,20 +17,20 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from ..errors import UserError
-from ..models.zimage import L2PTransformer2DModel
+from ..models.pixel import PixelModel
 from .config import FreezeConfig
 
 POLICIES = ("paper", "published", "full", "pixels", "none")
 
 
-def patterns(config: FreezeConfig, model: L2PTransformer2DModel) -> list[str]:
+def patterns(config: FreezeConfig, model: PixelModel) -> list[str]:
     """The patterns of ``config`` for ``model``, places filled in.
 
     Raises:
         UserError: an unknown policy.
     """
-    *_, last = (name for name, _ in model.blocks())
-    stack, _, number = last.rpartition(".")
+    main = model.main_blocks()
+    n = min(config.n, len(main))
     chosen = config.policy
     if isinstance(chosen, str):
         if chosen not in POLICIES:
@@ -36,21 +38,27 @@ def patterns(config: FreezeConfig, model: L2PTransformer2DModel) -> list[str]:
                 f"freeze.policy must be one of {', '.join(POLICIES)} or a list of parameter patterns, got {chosen!r}"
             )
         own = [f"{part}*" for part in model.pixel_parts]
-        ends = [*own, f"{stack}.{{first}}.*", f"{stack}.{{last}}.*"]
-        rest = [name for name, _ in model.named_parameters() if not name.startswith(f"{stack}.")]
+        ends = [*own, "{first}.*", "{last}.*"]
+        rest = [name for name, _ in model.named_parameters() if not name.startswith(tuple(f"{b}." for b in main))]
         lists = {"paper": ends, "published": [*ends, *rest], "full": ["*"], "pixels": own, "none": []}
         chosen = lists[chosen]
-    count = int(number) + 1
-    n = min(config.n, count)
-    places = {"{first}": range(n), "{last}": range(count - n, count)}
+    places = {"{first}": main[:n], "{last}": main[len(main) - n :]}
     filled = []
     for pattern in chosen:
         place = next((p for p in places if p in pattern), None)
-        filled += [pattern] if place is None else [pattern.replace(place, str(i)) for i in places[place]]
+        filled += [pattern] if place is None else _fill(pattern, place, places[place])
     return filled
 
 
-def freeze(model: L2PTransformer2DModel, config: FreezeConfig, beside_lora: bool = False) -> list[str]:
+def _fill(pattern: str, place: str, blocks: list[str]) -> list[str]:
+    """``pattern`` with each of ``blocks`` in its ``place``; a stack's name before it chooses the blocks of that."""
+    before, after = pattern.split(place, 1)
+    stack = before.removesuffix(".")
+    chosen = [block for block in blocks if not before or block.rpartition(".")[0] == stack]
+    return [f"{block}{after}" for block in chosen]
+
+
+def freeze(model: PixelModel, config: FreezeConfig, beside_lora: bool = False) -> list[str]:
     """Set ``requires_grad`` of every parameter; returns the names of the trained ones.
 
     Raises:
@@ -61,7 +69,8 @@ def freeze(model: L2PTransformer2DModel, config: FreezeConfig, beside_lora: bool
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"freeze.policy: no parameter is called {pattern}; names look like {names[-1]}")
-    trained = {name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)}
+    chosen = (name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted))
+    trained = {name for name in chosen if not name.startswith(model.idle)}
     if not trained and not beside_lora:
         raise UserError("freeze.policy leaves nothing to train; give another, or lora.rank")
     for name, parameter in model.named_parameters():

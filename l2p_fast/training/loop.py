@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..formats.checkpoint import Checkpoint
 from ..formats.values import is_finite
-from ..models.zimage import L2PTransformer2DModel
+from ..models.pixel import PixelModel
 from . import state as checkpoints
 from .build import autocast, build, check_base
 from .config import Config, LoraConfig, as_dict, write_config
@@ -261,14 +262,18 @@ def open_data(config: Config, workers: Workers) -> tuple[list[TrainingImage], Fe
     if missing:
         mine = missing[workers.rank :: workers.world]
         if mine or not config.data.text_encoder:
-            make_features(features, mine or missing, config.data.text_encoder, workers.device)
+            base = Checkpoint(config.model.base)
+            make_features(
+                features, mine or missing, config.data.text_encoder, workers.device, base.layout.source.name,
+                base.config.get("text_tokens"),
+            )  # fmt: skip
         workers.wait()
         features.refresh()
         free_memory(workers.device)
     return images, features
 
 
-def open_stream(config: Config, images: list[TrainingImage], model: L2PTransformer2DModel, workers: Workers) -> Stream:
+def open_stream(config: Config, images: list[TrainingImage], model: PixelModel, workers: Workers) -> Stream:
     """The stream of batches for ``model``."""
     buckets, bad = None, set()
     if workers.first:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..formats.checkpoint import Checkpoint
-from ..models.blocks import ADALN_DIM, TransformerBlock, rope_tables
-from ..models.zimage import L2PTransformer2DModel, build_empty
+from ..loading import build_empty
+from ..models.pixel import PixelModel
 from ..quantize.frozen import linear_bytes
 from .config import Config, GridConfig
 from .data import shapes_of
@@ -48,7 +48,7 @@ class Memory:
         return self.weights + self.optimizer + self.average + passing + self.working
 
 
-def expected(config: Config, model: L2PTransformer2DModel, world: int = 1) -> Memory:
+def expected(config: Config, model: PixelModel, world: int = 1) -> Memory:
     """The peak of a step of the (meta) ``model``, whose parameters are frozen as the configuration says."""
     bits, width = config.model.frozen_bits, DTYPES[config.model.weights].itemsize
     quantized = set()
@@ -87,17 +87,20 @@ def expected(config: Config, model: L2PTransformer2DModel, world: int = 1) -> Me
     return Memory(weights, gradients, states, average, kept, max(working, update), config.accumulation > 1)
 
 
-def _activations(config: Config, model: L2PTransformer2DModel, grid: GridConfig, batch: int) -> tuple[int, int]:
+def _activations(config: Config, model: PixelModel, grid: GridConfig, batch: int) -> tuple[int, int]:
     """(what is kept, what a backward pass works in): bytes for a batch of images of ``grid``."""
     dtype, tokens = DTYPES[config.model.compute], grid.tokens
-    seen = [batch * count * model.config.dim for count in model.block_tokens(tokens, TEXT_TOKENS)]
-    values, largest = sum(seen), max(seen)
-    per_value, temporary = block_bytes(model.config.axes_dims, dtype)
+    measured = block_bytes(model, dtype)
+    seen = [
+        (batch * count * model.width, *measured[name.rpartition(".")[0]])
+        for count, (name, _) in zip(model.block_tokens(tokens, TEXT_TOKENS), model.blocks(), strict=True)
+    ]
     if config.memory.checkpointing:
-        kept = 0 if config.memory.offload_checkpoints else values * dtype.itemsize
-        block = largest * (per_value + temporary)
+        kept = 0 if config.memory.offload_checkpoints else sum(values for values, *_ in seen) * dtype.itemsize
+        block = max(values * (per_value + temporary) for values, per_value, temporary in seen)
     else:
-        kept, block = values * per_value, largest * temporary
+        kept = sum(values * per_value for values, per_value, _ in seen)
+        block = max(values * temporary for values, _, temporary in seen)
     tokens_seen = [batch * count for count in model.block_tokens(tokens, TEXT_TOKENS)]
     pairs = kept_bytes(model, config.lora, tokens_seen, dtype)
     if config.memory.checkpointing:
@@ -111,36 +114,59 @@ def _activations(config: Config, model: L2PTransformer2DModel, grid: GridConfig,
     return int(kept), int(images + max(block, head_bytes(model, batch, height, width, dtype, config.memory.head_mb)))
 
 
-def head_bytes(
-    model: L2PTransformer2DModel, batch: int, height: int, width: int, dtype: torch.dtype, budget_mb: float
-) -> int:
+def head_bytes(model: PixelModel, batch: int, height: int, width: int, dtype: torch.dtype, budget_mb: float) -> int:
     """What the Detailer Head takes for a backward pass, in bands where it would not fit whole."""
     with torch.enable_grad():
         pixels = torch.empty(batch, 3, height, width, device="meta")
         return model.head.peak_bytes(pixels, dtype, memory_mb=budget_mb)
 
 
-def block_bytes(axes_dims: tuple[int, ...], dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per token and channel of a block: (what autograd keeps, what its backward pass takes beside)."""
-    heads, tokens = 2, 64
-    dim = heads * sum(axes_dims)
-    block = TransformerBlock(dim, heads, 1e-5, qk_norm=True).to(dtype)
-    x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)
-    rope = rope_tables(torch.zeros(1, tokens, len(axes_dims)), axes_dims, 256.0)
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()} | {r.untyped_storage().data_ptr() for r in rope}
-    seen: dict[int, int] = {}
+def block_bytes(model: PixelModel, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """By stack, bytes per token and channel of a block: (what autograd keeps, what its backward pass takes beside).
+
+    Counted on `PixelModel.small`: what the forward pass of one block saves, and four gradients of its widest layer.
+    """
+    small, side = model.small().to(dtype), 8
+    own = {t.untyped_storage().data_ptr() for t in (*small.parameters(), *small.buffers())}
+    seen: dict[str, dict[int, int]] = {}
+    widest: dict[str, int] = {}
+    running: list[str] = []
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if running and storage.data_ptr() not in own and tensor.is_floating_point():
+            seen[running[-1]][storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    hooks = []
+    for name, block in small.blocks():
+        stack = name.rpartition(".")[0]
+
+        def enter(_, __, stack=stack) -> None:
+            running.append(stack)
+            seen[stack] = {}  # of a stack's kinds of blocks the last counts
+
+        hooks.append(block.register_forward_pre_hook(enter))
+        hooks.append(block.register_forward_hook(lambda *_: running.pop() and None))
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear):
+                hooks.append(layer.register_forward_hook(
+                    lambda _, __, out, stack=stack: widest.update({stack: max(widest.get(stack, 0), out.numel())})
+                ))  # fmt: skip
+    text_tokens = 32
+    pixels = torch.randn(1, 3, side * small.patch_size, side * small.patch_size)
+    texts = [torch.randn(text_tokens, small.text_width, dtype=dtype)]
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        held = block(x, rope, temb=torch.zeros(1, min(dim, ADALN_DIM), dtype=dtype))
-    kept = sum(seen.values()) / (tokens * dim)
+        held = small.features(pixels, torch.full((1,), 0.5), texts)
     del held
-    return kept, 4 * 8 / 3 * dtype.itemsize  # four gradients of the feed-forward's width
+    counts = small.block_tokens(side * side, text_tokens)
+    values = {
+        name.rpartition(".")[0]: count * small.width for count, (name, _) in zip(counts, small.blocks(), strict=True)
+    }
+    return {
+        stack: (sum(kept.values()) / values[stack], 4 * widest[stack] / values[stack] * dtype.itemsize)
+        for stack, kept in seen.items()
+    }
 
 
 def plan(config: Config, processes: int = 1, device_gb: float | None = None) -> str:
@@ -153,7 +179,7 @@ def plan(config: Config, processes: int = 1, device_gb: float | None = None) -> 
     if path and Path(path).exists():
         base = Checkpoint(path)
         base.demand("l2p")
-        model, what = build_empty(base.model_config()), path
+        model, what = build_empty(base.model_config(), base.layout.source.name), path
     else:
         model, what = build_empty({"all_patch_size": (patch,)}), f"the published one of patch {patch}"
         what += f" ({path} is not there)" if path else ""

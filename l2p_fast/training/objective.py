@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.detailer import DetailerHead
-from ..models.zimage import cut
+from ..models.pixel import cut
 from ..sampling import flow
 from .config import GridConfig, ObjectiveConfig
 

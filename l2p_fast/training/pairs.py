@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, few
 from ..formats.write import Piece, write_pieces
-from ..models.zimage import L2PTransformer2DModel
+from ..models.pixel import PixelModel
 from .config import Config, LoraConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ ADAPTER = "default"
 DOWN, UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
-def targets(model: L2PTransformer2DModel, config: LoraConfig) -> dict[str, tuple[int, int]]:
+def targets(model: PixelModel, config: LoraConfig) -> dict[str, tuple[int, int]]:
     """The layers that get a pair, with the shapes (out, in) of their weights; none where the rank is 0.
 
     ``model`` is frozen already and has its own linear layers still.

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from ..errors import UserError
-from ..models.zimage import L2PTransformer2DModel
+from ..models.pixel import PixelModel
 from .config import Config
 
 PATIENCE = timedelta(hours=1)  # the others wait while the first process lists many images
@@ -101,7 +101,7 @@ def start(config: Config) -> Workers:
     return Workers(rank, world, device)
 
 
-def shard(model: L2PTransformer2DModel, config: Config, workers: Workers) -> None:
+def shard(model: PixelModel, config: Config, workers: Workers) -> None:
     """`fully_shard` every block, the head and the root; the model may be on the meta device."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -172,14 +172,19 @@ def held_rows(tensor: Tensor, every_copy: bool = False) -> tuple[int, int]:
 
 
 def load_sharded(model: nn.Module, read: Callable[[str], Tensor], workers: Workers) -> None:
-    """Give the meta parameters of a sharded ``model`` memory and the values that the first process reads."""
+    """Give the meta parameters and buffers of a sharded ``model`` memory and what the first process reads."""
     unread = {name for name, p in model.named_parameters() if p.is_meta}
+    tables = {name: b for name, b in model.named_buffers() if b.is_meta}  # whole on every process
     for module in model.modules():
         if any(p.is_meta for p in module.parameters(recurse=False)):
             module.to_empty(device=workers.device, recurse=False)
     for name, parameter in model.named_parameters():
         if name in unread:
             fill(parameter, read(name) if workers.first else None)
+    for name, table in tables.items():
+        owner, _, leaf = name.rpartition(".")
+        value = read(name) if workers.first else None
+        setattr(model.get_submodule(owner), leaf, broadcast(tuple(table.shape), table.dtype, value, workers))
 
 
 def broadcast(shape: tuple[int, ...], dtype: torch.dtype, value: Tensor | None, workers: Workers) -> Tensor:

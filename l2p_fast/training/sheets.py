@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.zimage import L2PTransformer2DModel
+from ..models.pixel import PixelModel
 from .build import autocast
 from .config import Config
 from .data import Features
@@ -24,7 +24,7 @@ class Sheets:
         UserError: a size that the model can't draw, before the first sheet is due.
     """
 
-    def __init__(self, model: L2PTransformer2DModel, features: Features, config: Config, workers: Workers):
+    def __init__(self, model: PixelModel, features: Features, config: Config, workers: Workers):
         log, multiple = config.log, model.size_multiple
         self.model, self.config, self.workers = model, config, workers
         self.every = log.sample_every if log.prompts else 0
@@ -105,7 +105,7 @@ class _Trained(nn.Module):
     Nothing is prepared beforehand, and nothing is tried again with less memory, since the other processes would not.
     """
 
-    def __init__(self, model: L2PTransformer2DModel):
+    def __init__(self, model: PixelModel):
         super().__init__()
         self.__dict__["model"] = model  # not as a child: its parameters stay its own
 

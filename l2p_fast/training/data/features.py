@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...files import atomic_path, regular
+from ...variants import SOURCES
 
 FEATURES_AT_ONCE = 256  # prompts in one file of cached features
 
@@ -55,20 +56,30 @@ class Features:
         return self._open[self._file_of[key]].get_tensor(key)
 
 
-def make_features(features: Features, prompts: Sequence[str], source: str, device: torch.device) -> None:
-    """Encode ``prompts`` with the text encoder of ``source`` into ``features``; what an interrupted run wrote stays."""
+def make_features(
+    features: Features,
+    prompts: Sequence[str],
+    folder: str,
+    device: torch.device,
+    source: str = "zimage",
+    max_tokens: int | None = None,
+) -> None:
+    """Encode ``prompts`` with the text encoders in ``folder`` into ``features``; what an interrupted run wrote stays.
+
+    ``source``: whose encoders they are, a row of `variants.SOURCES`. ``max_tokens``: of a prompt; None: the source's.
+    """
     from tqdm import tqdm
 
-    from ...loading import load_text_encoder
-    from ...models.text import encode_prompts
+    from ...loading import load_text_encoders, model_class
 
-    if not source:
+    if not folder:
         raise UserError(
             f"{len(prompts)} prompts have no cached text features in {features.folder}; give data.text_encoder=FOLDER "
             "(with text_encoder/ and tokenizer/, such as a Z-Image folder) to make them"
         )
-    encoder, tokenizer = load_text_encoder(source, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    encoder = encoder.to(device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    encoders, model = load_text_encoders(folder, source, dtype, device), model_class(source)
+    most = max_tokens or SOURCES[source].text_tokens
     for start in tqdm(range(0, len(prompts), FEATURES_AT_ONCE), desc="text features", disable=None):
         part = prompts[start : start + FEATURES_AT_ONCE]
-        features.add(part, encode_prompts(encoder, tokenizer, part))
+        features.add(part, model.encode(encoders, part, device, most))
