@@ -23,6 +23,7 @@ from l2p_fast.loading import build_empty, load_lora, load_model, load_text_encod
 from l2p_fast.sampling.pipeline import load_pipeline
 
 PROMPTS = ["a red star", "two blue circles above a green one"]
+SHORT = ("flux2", "qwen_image")  # go the whole road in the default run
 TOKENS = {"flux": 24, "flux2": 128, "qwen_image": 256, "sd3": 24}  # of a prompt, in the comparison
 
 
@@ -153,6 +154,9 @@ def world(init, folder):
     return folder / "config.yaml"
 
 
+@pytest.mark.parametrize(
+    "source", [*SHORT, *(pytest.param(s, marks=pytest.mark.slow) for s in SOURCES if s not in SHORT)], indirect=True
+)
 def test_from_a_folder_to_an_image(source, folder, init, world, capsys):
     """init, train, merge and sample: only the first and last block, the embedding and the head are trained."""
     run = folder / "run"
