@@ -226,6 +226,7 @@ void add_products(const Term& term, int64_t first, int64_t count, int64_t output
     const uint32_t* x = term.taps[tap] + first * term.step + column;
     const uint32_t* w = weights;
     for (int64_t k = 0; k < count; ++k, x += term.step, w += kBlock) {
+      __builtin_prefetch(w + term.block_words);  // the next outputs': too far for the processor to guess
 #pragma GCC unroll 2
       for (int part = 0; part < V::kParts; ++part) {
         typename V::Operand columns[NV];

@@ -54,13 +54,13 @@ def load_model(
         path: see `Checkpoint`.
         dtype: of every parameter; None: `Checkpoint.default_dtype`.
         device: where the parameters are put as they are read.
-        quantize: "fp8" or "int8" puts the blocks' linear layers into 8 bits as they are read, so that they are nowhere
-            whole in ``dtype``; `quantize.weight_error` then tells their relative error.
+        quantize: "fp8", "int8" or "nf4" puts the blocks' linear layers into 8 or 4 bits as they are read, so that they
+            are nowhere whole in ``dtype``; `quantize.weight_error` then tells their relative error.
         overrides: constructor arguments.
 
     Raises:
         UserError: see `Checkpoint`; also missing, unexpected or misshapen tensors, NaN or Inf, a latent checkpoint, a
-            training output that has yet to be merged, 8 bits that ``device`` can't do.
+            training output that has yet to be merged, fp8 where ``device`` has none.
     """
     device = torch.device(device)
     if quantize is not None:

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", help="bf16, fp32, fp16 or auto: the checkpoint's own (default)")
     add("--device", help="cpu, cuda, cuda:1, mps, xpu or auto: a GPU if there is one (default)")
     add("--attention", help="a diffusers attention backend such as native, flash, sage or xformers (default: auto)")
-    add("--quantize", help="none, fp8 or int8: the blocks' weights and products in 8 bits (default: none)")
+    add("--quantize", help="the blocks' weights in fewer bits: fp8, int8 (8bit), nf4 (4bit) or none (default)")
     add("--compile", action="store_true", default=None, help="torch.compile the transformer's blocks")
     add("--offload", help="none, model or sequential: keep what is not at work in host memory (default: none)")
     add("--head-memory-mb", type=float, help="working memory of the head (default: 256; on CUDA half of what is free)")
@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", help="file, or folder when there are several images")
     add("--from-image", help="repeat this image, pixel for pixel; options given beside it override")
     add("--trust", action="store_true", default=None, help="load the models and files that --from-image names")
+    add("--dry-run", action="store_true", help="say what memory it takes, from the files' headers, and draw nothing")
     add("--no-progress", action="store_true", help="no progress bar")
     return parser
 
@@ -158,6 +159,11 @@ def draw(session: Session, job: Job, format: str, bar: bool) -> None:
 def run(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup, request, prompts, model = settle(args)
+    if args.dry_run:
+        with all_stays():
+            from .sampling.footprint import plan
+        print(plan(setup, request, model))
+        return 0
     folder = None if args.prompts_file is None else Path(args.prompts_file).stem
     jobs, format = plan_jobs(request, prompts, args.num_images or 1, args.out, args.format, folder)
     limit = LARGEST_SIDE.get(format)

@@ -1,15 +1,23 @@
-"""8-bit weights: the products against their plain form, the size, the error that is reported."""
+"""Weights of 8 and 4 bits: the products against their plain form, the size, the error that is reported."""
 
 import pytest
 import torch
-from tiny_pipeline import tiny_transformer
+from tiny_pipeline import tiny_transformer, wide_transformer
 from torch import nn
 
 from l2p_fast.errors import UserError
 from l2p_fast.models.zimage import L2PTransformer2DModel
-from l2p_fast.quantize.products import DTYPES, LowBitLinear, encode, lowbit_linear, lowbit_linear_reference, quantize
+from l2p_fast.quantize.products import (
+    DTYPES,
+    LowBitLinear,
+    decode,
+    encode,
+    lowbit_linear,
+    lowbit_linear_reference,
+    quantize,
+)
 
-ERROR = {"fp8": 0.05, "int8": 0.02}  # of a product of normal numbers: 3 bits of mantissa, 7 bits of range
+ERROR = {"fp8": 0.05, "int8": 0.02, "nf4": 0.15}  # of a product of normal numbers: mantissa, range, quantiles
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -19,6 +27,7 @@ def test_products(name):
     weight[3] *= 1e-3  # a row of its own scale
     rounded, scale = encode(weight, DTYPES[name])
     assert rounded.dtype == DTYPES[name] and scale.shape == (48, 1)
+    assert rounded.shape == (48, 32 if name == "nf4" else 64)
     exact = x.float() @ weight.t()
     for product in (lowbit_linear, lowbit_linear_reference):
         out = product(x, rounded, scale)
@@ -31,30 +40,49 @@ def test_products(name):
 
 def test_zero_rows_stay_zero():
     for dtype in DTYPES.values():
-        rounded, scale = encode(torch.zeros(16, 16), dtype)
-        assert lowbit_linear(torch.zeros(32, 16), rounded, scale).eq(0).all()
+        rounded, scale = encode(torch.zeros(16, 64), dtype)
+        assert lowbit_linear(torch.ones(32, 64), rounded, scale).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_4_bits_are_those_of_bitsandbytes(dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(300, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values, scale = encode(weight, torch.uint8)
+    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(values.flatten(), theirs.flatten()) and torch.equal(scale.flatten(), state.absmax)
+    assert torch.equal(decode(values, scale, dtype), functional.dequantize_4bit(theirs, state))
+
+
+def test_an_adapter_learns_over_4_bits():
+    """The product is differentiable in its input."""
+    rounded, scale = encode(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.uint8)
+    x = torch.ones(3, 64, requires_grad=True)
+    lowbit_linear(x, rounded, scale).sum().backward()
+    assert torch.allclose(x.grad, decode(rounded, scale, torch.float32).sum(0).expand(3, -1), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_model(name):
-    model = tiny_transformer().to(torch.bfloat16)
+    model = wide_transformer().to(torch.bfloat16)
     weight = model.layers[0].attention.to_q.weight.clone()
     error = quantize(model, name)
-    assert 0 < error < 0.1
+    assert 0 < error < (0.3 if name == "nf4" else 0.1)
     layer = model.layers[0].attention.to_q
     assert isinstance(layer, LowBitLinear) and layer.weight.element_size() == 1
-    assert (layer.weight.float() * layer.weight_scale - weight.float()).norm() / weight.float().norm() < ERROR[name]
+    assert (layer.weight_in(torch.float32) - weight.float()).norm() / weight.float().norm() < ERROR[name]
     untouched = [m for m in model.modules() if isinstance(m, nn.Linear)]
     assert untouched and all(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
-def test_a_model_whose_sizes_8_bits_do_not_take():
-    model = L2PTransformer2DModel(dim=24, n_layers=1, n_refiner_layers=1, n_heads=1, n_kv_heads=1, cap_feat_dim=8,
-                                  axes_dims=(8, 8, 8), head_width=0.05)  # fmt: skip
-    with pytest.raises(UserError, match="multiples of 16"):
-        quantize(model, "int8")
+@pytest.mark.parametrize(("name", "multiple"), [("int8", 16), ("nf4", 64)])
+def test_a_model_whose_sizes_do_not_fit(name, multiple):
+    model = L2PTransformer2DModel(dim=40, n_layers=1, n_refiner_layers=1, n_heads=1, n_kv_heads=1, cap_feat_dim=8,
+                                  axes_dims=(8, 16, 16), head_width=0.05)  # fmt: skip
+    with pytest.raises(UserError, match=f"multiples of {multiple}"):
+        quantize(model, name)
 
 
 def test_unknown_name():
-    with pytest.raises(UserError, match="choose from fp8, int8"):
+    with pytest.raises(UserError, match="choose from fp8, int8, nf4"):
         quantize(tiny_transformer(), "fp4")

@@ -49,19 +49,16 @@ def tiny_text_encoder(seed: int = 0) -> Qwen3Model:
 
 def tiny_transformer(patch: int = 16, seed: int = 0, **config) -> L2PTransformer2DModel:
     torch.manual_seed(seed)
+    sizes = {"dim": 32, "n_heads": 2, "n_kv_heads": 2, "axes_dims": (4, 6, 6)} | config
     model = L2PTransformer2DModel(
-        all_patch_size=(patch,),
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=FEATURES,
-        axes_dims=(4, 6, 6),
-        head_width=0.05,
-        **config,
+        all_patch_size=(patch,), n_layers=2, n_refiner_layers=1, cap_feat_dim=FEATURES, head_width=0.05, **sizes
     )
     return model.eval()
+
+
+def wide_transformer() -> L2PTransformer2DModel:
+    """One whose blocks have sizes that 4 bits take, too."""
+    return tiny_transformer(dim=192, n_heads=6, n_kv_heads=6, axes_dims=(8, 12, 12))
 
 
 def tiny_pipeline(patch: int = 16, dtype: torch.dtype = torch.float32, transformer=None, **config) -> L2PPipeline:

@@ -92,7 +92,7 @@ def fill(
 
     Names and shapes must have been checked. A module that keeps its weight in a form of its own has
     ``load_weight(chunks, device)``, which is given the rows in fp32; ``dtype`` is that of all other parameters (None:
-    `default_dtype`).
+    `default_dtype`). What is trained and what isn't stays so.
 
     Raises:
         UserError: see `read_chunks`.
@@ -108,7 +108,8 @@ def fill(
         elif leaf in module._buffers:
             setattr(module, leaf, read_tensor(where, dtype, device))
         else:
-            setattr(module, leaf, nn.Parameter(read_tensor(where, dtype, device)))
+            trained = getattr(module, leaf).requires_grad
+            setattr(module, leaf, nn.Parameter(read_tensor(where, dtype, device), requires_grad=trained))
 
 
 def hadamard(size: int) -> torch.Tensor:

@@ -17,11 +17,28 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from ..ops import Rope, apply_rope, gate_norm_residual, norm_modulate, qk_norm_rope, rms_norm, silu_mul
+from ..ops import (
+    Rope,
+    apply_rope,
+    gate_norm_residual,
+    linear,
+    norm_modulate,
+    product_dtype,
+    qk_norm_rope,
+    rms_norm,
+    silu_mul,
+)
 from .attention import Ragged, pack, packed_kernel
 
 ADALN_DIM = 256  # the timestep embedding is never wider than this
 SEQUENCE_MULTIPLE = 32  # each sequence is filled up to a multiple of this with a learned token
+
+
+class Linear(nn.Linear):
+    """A linear layer whose product is `ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -100,12 +117,14 @@ class AttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: Attention, x: Tensor, rope: Rope, keys: Keys = ALL_KEYS) -> Tensor:
-        query, key, value = (linear(x).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         if attn.norm_q is not None:
             query, key = attn.norm_q(query, rope=rope), attn.norm_k(key, rope=rope)
         else:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
-        query, key = query.to(value.dtype), key.to(value.dtype)
+        dtype = value.dtype
+        wide = dtype if torch.compiler.is_compiling() else product_dtype(dtype, value.device)
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
 
         def attend(row: slice, length: int) -> Tensor:
             return dispatch_attention_fn(
@@ -126,7 +145,7 @@ class AttnProcessor:
                 parts = (pack(part, keys.rows.lengths) for part in (query, key, value))
                 alone = packed(*parts, keys.rows).split(keys.rows.lengths)
             out = nn.utils.rnn.pad_sequence(alone, batch_first=True)
-        return attn.to_out[0](out.flatten(2, 3).to(value.dtype))
+        return attn.to_out[0](out.flatten(2, 3).to(dtype))
 
 
 class Attention(nn.Module, AttentionModuleMixin):
@@ -139,10 +158,10 @@ class Attention(nn.Module, AttentionModuleMixin):
     def __init__(self, dim: int, heads: int, qk_norm: bool, eps: float):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
-        self.to_v = nn.Linear(dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(dim, dim, bias=False)
+        self.to_v = Linear(dim, dim, bias=False)
+        self.to_out = nn.ModuleList([Linear(dim, dim, bias=False)])
         self.norm_q = RMSNorm(dim // heads, eps) if qk_norm else None
         self.norm_k = RMSNorm(dim // heads, eps) if qk_norm else None
         self.set_processor(self._default_processor_cls())
@@ -158,9 +177,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = int(dim / 3 * 8)
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w1 = Linear(dim, hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
+        self.w3 = Linear(dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(silu_mul(self.w1(x), self.w3(x)))
@@ -179,7 +198,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm2 = RMSNorm(dim, norm_eps)
         self.modulation = modulation
         if modulation:
-            self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, ADALN_DIM), 4 * dim))
+            self.adaLN_modulation = nn.Sequential(Linear(min(dim, ADALN_DIM), 4 * dim))
 
     def forward(
         self,
@@ -215,7 +234,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, out_dim: int, hidden_dim: int = 1024, frequencies: int = 256):
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim))
+        self.mlp = nn.Sequential(Linear(frequencies, hidden_dim), nn.SiLU(), Linear(hidden_dim, out_dim))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """The sinusoid is computed in fp32 whatever ``dtype`` the MLP runs in: times reach 1000."""

@@ -33,6 +33,7 @@ from .blocks import (
     ALL_KEYS,
     SEQUENCE_MULTIPLE,
     Keys,
+    Linear,
     RMSNorm,
     Rope,
     TimestepEmbedder,
@@ -154,11 +155,11 @@ class L2PTransformer2DModel(PixelModel, ModelMixin, ConfigMixin, PeftAdapterMixi
         def blocks(count: int, modulation: bool) -> nn.ModuleList:
             return nn.ModuleList(TransformerBlock(dim, n_heads, norm_eps, qk_norm, modulation) for _ in range(count))
 
-        self.all_x_embedder = nn.ModuleDict({f"{patch}-1": nn.Linear(patch * patch * in_channels, dim)})
+        self.all_x_embedder = nn.ModuleDict({f"{patch}-1": Linear(patch * patch * in_channels, dim)})
         self.noise_refiner = blocks(n_refiner_layers, modulation=True)
         self.context_refiner = blocks(n_refiner_layers, modulation=False)
         self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
-        self.cap_embedder = nn.Sequential(RMSNorm(cap_feat_dim, norm_eps), nn.Linear(cap_feat_dim, dim))
+        self.cap_embedder = nn.Sequential(RMSNorm(cap_feat_dim, norm_eps), Linear(cap_feat_dim, dim))
         self.x_pad_token = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))
         self.cap_pad_token = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))
         self.layers = blocks(n_layers, modulation=True)

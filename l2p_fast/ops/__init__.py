@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .activate import activate, activate_reference
-from .cpu import cpu_has_fast_bf16
+from .cpu import cpu_has_fast_bf16, product_dtype
 from .head import (
     DecoderWeights,
     EncoderWeights,
@@ -27,6 +27,7 @@ from .head import (
     head_encode_reference,
     head_obstacle,
 )
+from .linear import linear
 from .norm import (
     Rope,
     apply_rope,
@@ -65,10 +66,12 @@ __all__ = [
     "head_encode",
     "head_encode_reference",
     "head_obstacle",
+    "linear",
     "norm_modulate",
     "norm_modulate_reference",
     "patchify",
     "patchify_reference",
+    "product_dtype",
     "qk_norm_rope",
     "qk_norm_rope_reference",
     "rms_norm",

@@ -26,3 +26,8 @@ def cpu_has_fast_bf16() -> bool:
     if pretended:
         return False
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What values of ``dtype`` are multiplied in on ``device``: float32 where bfloat16 is slow, else ``dtype``."""
+    return torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_fast_bf16() else dtype

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops import product_dtype
 
 BLOCK = {8: 256, 4: 64}  # values that share a scale
 
@@ -24,11 +25,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, layer.weight_in(x.dtype))
+        wide = product_dtype(x.dtype, x.device)
+        return F.linear(x.to(wide), layer.weight_in(wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return gradient @ ctx.layer.weight_in(gradient.dtype), None
+        wide = product_dtype(gradient.dtype, gradient.device)
+        return (gradient.to(wide) @ ctx.layer.weight_in(wide)).to(gradient.dtype), None
 
 
 class FrozenLinear(nn.Module):

@@ -1,8 +1,10 @@
-"""8-bit weights for sampling: the blocks' linear layers in fp8 or int8, each row with a scale, multiplied in 8 bits.
+"""Weights of fewer bits for sampling: the blocks' linear layers in fp8 or int8, multiplied in 8 bits, or in 4 (nf4).
 
-Activations are rounded row by row on the fly, so nothing needs calibration. Off by default, because it changes the
-image: `weight_error` tells how far the weights are off, `quantize` how far one prediction is. Weights take half the
-memory of bf16 and 8-bit matrix units are faster. Left out: training (`frozen` does that) and 4 bits.
+In 8 bits each row has a scale, and activations are rounded row by row on the fly, so nothing needs calibration. In 4
+bits each 64 values of a row have a scale, and the weight is decoded for each product (NF4: Dettmers et al. 2023, arXiv
+2305.14314). Off by default, because it changes the image: `weight_error` tells how far the weights are off, `quantize`
+how far one prediction is. Weights take a half or 0.28 of bf16's memory; 8-bit matrix units are faster. Left out:
+training (`frozen` does that).
 
 M rows, K inputs, N outputs.
 """
@@ -18,22 +20,68 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.blocks import Linear
+from ..ops import product_dtype
 
-DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}  # nf4: two values a byte
 MULTIPLE = 16  # of K and N, that the 8-bit matrix products ask for
-ROWS = 256  # rounded at a time, so that no weight is whole in fp32
+BLOCK = 64  # values that share a scale in 4 bits
+ROWS = 256  # rounded or decoded at a time, so that no weight is whole in fp32
+
+# What the 16 values of 4 bits mean, of a block's largest: quantiles of the normal distribution.
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
 
 
 def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> values (M, K) in ``dtype`` (int8 or e4m3) and scales (M, 1) fp32, so that x = values * scales."""
+    """Round x (M, K) to ``dtype``, with scales in fp32.
+
+    Returns:
+        int8 or e4m3: values (M, K) and scales (M, 1). uint8, for NF4: pairs of values (M, K / 2), the first in the high
+        bits, and scales (M, K / 64).
+    """
+    if dtype == torch.uint8:
+        blocks = x.float().unflatten(-1, (-1, BLOCK))
+        scale = blocks.abs().amax(-1)
+        scaled = blocks / scale.clamp(min=1e-12).unsqueeze(-1)
+        bounds = [(low + high) / 2 for low, high in zip(NF4, NF4[1:], strict=False)]
+        index = torch.zeros(scaled.shape, dtype=torch.uint8, device=x.device)
+        for bound in bounds:  # faster than a search, which returns wide integers
+            index += scaled > bound
+        pairs = index.flatten(-2).unflatten(-1, (-1, 2))
+        return pairs[..., 0] << 4 | pairs[..., 1], scale
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-12) / largest
     scaled = x.float() / scale
     return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
+@functools.cache
+def _pairs(device: torch.device) -> Tensor:
+    """(256,) fp64, each holding the bits of the two fp32 values that a byte of NF4 means: one look-up for both."""
+    values = torch.tensor(NF4)
+    both = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
+    return both.view(torch.float64).flatten().to(device)
+
+
+def decode(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values (N, K) in ``dtype`` of what `encode` returned, decoded in fp32 and rounded once."""
+    if weight.dtype != torch.uint8:
+        return (weight.float() * scale).to(dtype)
+    out = torch.empty(weight.shape[0], 2 * weight.shape[1], dtype=dtype, device=weight.device)
+    for part, rows, scales in zip(out.split(ROWS), weight.split(ROWS), scale.split(ROWS), strict=True):
+        values = _pairs(weight.device).index_select(0, rows.flatten().int()).view(torch.float32)
+        torch.mul(values.view(len(rows), -1, BLOCK), scales.unsqueeze(-1), out=part.unflatten(-1, (-1, BLOCK)))
+    return out
+
+
 def lowbit_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`lowbit_linear` in fp32 from the same rounded values."""
+    if weight.dtype == torch.uint8:
+        index = torch.stack([weight >> 4, weight & 15], dim=-1).flatten(-2)
+        values = torch.tensor(NF4, device=weight.device)[index.long()]
+        return F.linear(x.float(), values * scale.repeat_interleave(BLOCK, dim=1)).to(x.dtype)
     values, x_scale = encode(x.flatten(0, -2), weight.dtype)
     out = F.linear(values.float(), weight.float()) * x_scale * scale.t()
     return out.unflatten(0, x.shape[:-1]).to(x.dtype)
@@ -47,7 +95,10 @@ def _adds_exactly() -> bool:
 
 
 def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) times a rounded weight (N, K) with scales (N, 1): (..., N) in ``x``'s dtype, no gradients."""
+    """x (..., K) times a weight that `encode` rounded: (..., N) in ``x``'s dtype, no gradients."""
+    if weight.dtype == torch.uint8:
+        wide = product_dtype(x.dtype, x.device)
+        return F.linear(x.to(wide), decode(weight, scale, wide)).to(x.dtype)
     if weight.dtype == torch.int8 and x.device.type == "cpu" and not _adds_exactly():
         return lowbit_linear_reference(x, weight, scale)
     values, x_scale = encode(x.flatten(0, -2), weight.dtype)
@@ -60,22 +111,23 @@ def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class LowBitLinear(nn.Linear):
-    """A bias-free linear layer that holds ``weight`` (N, K) in 8 bits and ``weight_scale`` (N, 1) in fp32, as buffers.
+    """A bias-free linear layer that holds ``weight`` and ``weight_scale`` as `encode` makes them, as buffers.
 
     PEFT takes it for a linear layer, so adapters can be put over it.
 
     Args:
         shape: (N, K).
-        dtype: int8 or e4m3.
+        dtype: of `DTYPES`.
         device: where the buffers are made; their values come with `load_weight`.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu"):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = shape
+        self.out_features, self.in_features = outputs, inputs = shape
+        packed = dtype == torch.uint8
         self.register_parameter("bias", None)
-        self.register_buffer("weight", torch.empty(shape, dtype=dtype, device=device))
-        self.register_buffer("weight_scale", torch.empty(shape[0], 1, device=device))
+        self.register_buffer("weight", torch.empty(outputs, inputs // (2 if packed else 1), dtype=dtype, device=device))
+        self.register_buffer("weight_scale", torch.empty(outputs, inputs // BLOCK if packed else 1, device=device))
         self.squares = (0.0, 0.0)  # sums over the weight: of what rounding changed, and of the values
 
     @torch.no_grad()
@@ -91,13 +143,14 @@ class LowBitLinear(nn.Linear):
                 values, scale = encode(rows, self.weight.dtype)
                 self.weight[first : first + len(rows)] = values
                 self.weight_scale[first : first + len(rows)] = scale
-                squares += torch.stack([(values.float() * scale - rows).square().sum(), rows.square().sum()])
+                wrong = decode(values, scale, torch.float32) - rows
+                squares += torch.stack([wrong.square().sum(), rows.square().sum()])
                 first += len(rows)
         self.squares = tuple(squares.tolist())
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """(N, K) in ``dtype``."""
-        return (self.weight.float() * self.weight_scale).to(dtype)
+        return decode(self.weight, self.weight_scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return lowbit_linear(x, self.weight, self.weight_scale)
@@ -116,7 +169,7 @@ class LowBitLinear(nn.Linear):
 
 
 def check(name: str, device: torch.device) -> None:
-    """That the 8 bits called ``name`` exist and ``device`` has them.
+    """That the type called ``name`` exists and ``device`` has it.
 
     Raises:
         UserError: an unknown name, or a GPU without fp8.
@@ -128,17 +181,23 @@ def check(name: str, device: torch.device) -> None:
         raise UserError(f"fp8 needs a Hopper GPU or newer, and this is a {card}; try int8")
 
 
+def is_quantized(layer: nn.Module, name: str) -> bool:
+    """Whether `quantize_block` puts this layer into the type called ``name``."""
+    if type(layer) not in (nn.Linear, Linear) or layer.bias is not None:
+        return False
+    outputs, inputs = layer.weight.shape
+    return inputs % BLOCK == 0 if name == "nf4" else outputs % MULTIPLE == inputs % MULTIPLE == 0
+
+
 def quantize_block(block: nn.Module, name: str) -> None:
-    """Put a block's linear layers into 8 bits, in place; those with a bias (they are for the timestep) stay.
+    """Put a block's linear layers into fewer bits, in place; those with a bias (they are for the timestep) stay.
 
     Layers on the meta device are replaced by empty ones, to be filled by `LowBitLinear.load_weight`.
     """
     for path, layer in list(block.named_modules()):
-        if type(layer) is not nn.Linear or layer.bias is not None:
+        if not is_quantized(layer, name):
             continue
         weight = layer.weight.detach()
-        if any(size % MULTIPLE for size in weight.shape):
-            continue
         rounded = LowBitLinear(tuple(weight.shape), DTYPES[name], weight.device)
         if not weight.is_meta:
             rounded.load_weight([weight], weight.device)
@@ -149,18 +208,17 @@ def quantize_blocks(model: nn.Module, name: str) -> None:
     """`quantize_block` for each of ``model.blocks()``.
 
     Raises:
-        UserError: no layer has sizes that 8-bit products take.
+        UserError: no layer has sizes that the products take.
     """
     for _, block in model.blocks():
         quantize_block(block, name)
     if not any(isinstance(module, LowBitLinear) for module in model.modules()):
-        raise UserError(
-            f"quantize: {name} products need sizes that are multiples of {MULTIPLE}; no layer has; leave it out"
-        )
+        multiple = BLOCK if name == "nf4" else MULTIPLE
+        raise UserError(f"quantize: {name} needs sizes that are multiples of {multiple}; no layer has; leave it out")
 
 
 def weight_error(model: nn.Module) -> float | None:
-    """How far the 8-bit weights of ``model`` are off, relative to their norm: sqrt(sum (q - w)^2 / sum w^2).
+    """How far the rounded weights of ``model`` are off, relative to their norm: sqrt(sum (q - w)^2 / sum w^2).
 
     None: it has none.
     """
@@ -182,13 +240,13 @@ def _probe(model: nn.Module) -> Tensor:
 
 
 def quantize(model: nn.Module, name: str) -> float:
-    """Put the linear layers of all blocks of ``model`` into 8 bits, in place, where the model is now.
+    """Put the linear layers of all blocks of ``model`` into fewer bits, in place, where the model is now.
 
     `loading.load_model(quantize=)` does the same while loading, without the whole model in 16 bits.
 
     Args:
         model: offers ``blocks()``.
-        name: "fp8" (e4m3; on a GPU, Hopper or newer) or "int8".
+        name: "fp8" (e4m3; on a GPU, Hopper or newer), "int8" or "nf4".
 
     Returns:
         The relative error of the prediction on a fixed input, against the model as it was.

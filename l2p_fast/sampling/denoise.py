@@ -141,8 +141,7 @@ class Predictor:
         self.times = times.to(device)
         self.forced = cfg_batch is True
         self.rows_at_once = len(self.caps)
-        one_by_one = device.type == "cpu" and size[0] * size[1] > _CPU_BATCH_PIXELS
-        if cfg_batch is False or (cfg_batch == "auto" and one_by_one):
+        if cfg_batch is False or (cfg_batch == "auto" and one_by_one(device, size)):
             self.rows_at_once = self.batch
         self._conditions: dict[tuple[int, int], Any] = {}
 
@@ -218,6 +217,11 @@ class Predictor:
     def _run_at_once(self, rows: int) -> None:
         self.rows_at_once = rows
         self._conditions.clear()
+
+
+def one_by_one(device: torch.device, size: tuple[int, int]) -> bool:
+    """Whether the two halves of guidance run one after the other when nothing else is asked for."""
+    return device.type == "cpu" and size[0] * size[1] > _CPU_BATCH_PIXELS
 
 
 def is_out_of_memory(error: Exception) -> bool:

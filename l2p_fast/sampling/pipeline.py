@@ -588,7 +588,7 @@ def load_pipeline(
             Tongyi-MAI/Z-Image-Turbo; needed unless ``model`` is a pipeline folder.
         torch_dtype: of transformer and text encoder; None: as the transformer is stored (`Checkpoint.default_dtype`).
         device: where they go.
-        quantize: None, "fp8" or "int8": the transformer's blocks in 8 bits.
+        quantize: None, "fp8", "int8" or "nf4": the transformer's blocks in 8 or 4 bits.
 
     Raises:
         UserError: a file that can't be used, or no text encoder.

@@ -48,6 +48,7 @@ LONGEST_PROMPT = 100_000  # characters; the model reads the first 512 tokens
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"} | {
     name: name for name in ("auto", "bfloat16", "float32", "float16")
 }
+QUANTIZE = {name: name for name in ("none", "fp8", "int8", "nf4")} | {"8bit": "int8", "4bit": "nf4"}
 
 
 def check_number(field: str, value: float | None, name: str | None = None) -> None:
@@ -255,7 +256,8 @@ class Setup(_Fields):
         dtype: bfloat16, float32, float16 (or bf16, fp32, fp16), or auto: the checkpoint's own, where that is fast.
         device: cpu, cuda, cuda:N, mps, xpu, or auto: a GPU if there is one.
         attention: a backend of `models.attention.BACKENDS`, or auto: the fastest of those installed.
-        quantize: none, fp8 or int8: the blocks' weights and products in 8 bits.
+        quantize: none; fp8 or int8 (or 8bit): the blocks' weights and products in 8 bits; nf4 (or 4bit): their
+            weights in 4 bits.
         compile: torch.compile the blocks.
         offload: none, model or sequential: keep in host memory what is not at work.
         head_memory_mb: working memory of the Detailer Head.
@@ -287,7 +289,7 @@ class Setup(_Fields):
         object.__setattr__(self, "dtype", DTYPES[choose("dtype", self.dtype, DTYPES)])
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,4})?", self.device):
             raise FieldError("device", f"must be auto, cpu, cuda, cuda:N, mps or xpu, got {self.device!r}; try auto")
-        choose("quantize", self.quantize, ("none", "fp8", "int8"))
+        object.__setattr__(self, "quantize", QUANTIZE[choose("quantize", self.quantize, QUANTIZE)])
         choose("attention", self.attention, backends.BACKENDS)
         try:
             backends.check(self.attention, biased=False)

@@ -95,8 +95,8 @@ class Session:
         facts = find_model(setup.model, size)
         check_text_encoder(setup.text_encoder, facts)
         setup = replace(setup, lora=tuple(map(_identified, setup.lora)))
-        device = _pick_device(setup)
-        dtype, why = _pick_dtype(setup.dtype, device)
+        device = pick_device(setup)
+        dtype, why = pick_dtype(setup.dtype, device)
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         at_once = device if setup.offload == "none" else torch.device("cpu")
@@ -109,7 +109,8 @@ class Session:
         if quantize:
             why += f", blocks in {quantize} (weights {products.weight_error(pipe.transformer):.1%} off)"
         count = sum(p.numel() for p in pipe.transformer.parameters())
-        count += sum(b.numel() for n, b in pipe.transformer.named_buffers() if n.endswith(".weight"))  # in 8 bits
+        rounded = (m for m in pipe.transformer.modules() if isinstance(m, products.LowBitLinear))
+        count += sum(layer.in_features * layer.out_features for layer in rounded)
         counts = load_loras(pipe.transformer, [(lora.file, lora.scale) for lora in setup.lora]) if setup.lora else []
         if setup.compile:
             pipe.transformer.compile_repeated_blocks()
@@ -274,7 +275,7 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def _pick_device(setup: Setup) -> torch.device:
+def pick_device(setup: Setup) -> torch.device:
     """The device asked for, or the first GPU, or the CPU.
 
     Raises:
@@ -297,7 +298,7 @@ def _pick_device(setup: Setup) -> torch.device:
     return device
 
 
-def _pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype | None, str]:
     """The dtype to load in (None: as the checkpoint is) and why, as words."""
     if name != "auto":
         return getattr(torch, name), ""

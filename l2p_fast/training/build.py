@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..formats.checkpoint import Checkpoint
 from ..formats.names import plain_name
-from ..loading import build_empty, load_model
+from ..formats.values import fill
+from ..loading import build_empty
 from ..models.pixel import PixelModel
 from ..quantize.frozen import quantize_frozen
 from .config import Config
@@ -41,24 +42,24 @@ def build(config: Config, workers: Workers) -> tuple[PixelModel, dict[str, nn.Pa
         UserError: a base that can't be used; a freeze policy that fits nothing.
     """
     dtype, bits = DTYPES[config.model.weights], config.model.frozen_bits
+    base = Checkpoint(config.model.base)
+    model = nn.Module.to(build_empty(base.l2p_config(), base.layout.source.name), dtype)  # diffusers' own warns, whatever the model
+    freeze(model, config.freeze, bool(config.lora.rank))
+    pairs = targets(model, config.lora)
+
+    def read(name: str, parameter: Tensor) -> Tensor:
+        if not config.parallel.fsdp:
+            return base.tensor(name, dtype, workers.device)
+        value = base.tensor(name, dtype) if workers.first else None
+        return broadcast(tuple(parameter.shape), dtype, value, workers)
+
+    if bits < 16:
+        for name, block in model.blocks():
+            quantize_frozen(block, bits, read, f"{name}.")
     if not config.parallel.fsdp:
-        model = load_model(config.model.base, dtype, workers.device)
-        freeze(model, config.freeze, bool(config.lora.rank))
-        pairs = targets(model, config.lora)
-        _quantize(model, bits, lambda _, parameter: parameter)
-    else:
-        base = Checkpoint(config.model.base)
-        model = build_empty(base.model_config(), base.layout.source.name)
-        model = nn.Module.to(model, dtype)  # diffusers' own warns, whatever the model
-        base.compare({key: tuple(value.shape) for key, value in model.state_dict().items()})
-        freeze(model, config.freeze, bool(config.lora.rank))
-        pairs = targets(model, config.lora)
-
-        def read(name: str, parameter: Tensor) -> Tensor:
-            value = base.tensor(name, dtype) if workers.first else None
-            return broadcast(tuple(parameter.shape), dtype, value, workers)
-
-        _quantize(model, bits, read)
+        left = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        fill(model, {name: where for name, where in base.tensors.items() if name in left}, dtype, workers.device)
+        model.eval()
     add_pairs(model, pairs, config, dtype)
     model.head.memory_mb = config.memory.head_mb
     if config.memory.checkpointing:
@@ -80,12 +81,6 @@ def autocast(config: Config, device: torch.device) -> contextlib.AbstractContext
     if config.model.compute == config.model.weights or config.parallel.fsdp:
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
-
-
-def _quantize(model: PixelModel, bits: int, read) -> None:
-    if bits < 16:
-        for name, block in model.blocks():
-            quantize_frozen(block, bits, read, f"{name}.")
 
 
 def _checkpointing(offload: bool, device: torch.device):

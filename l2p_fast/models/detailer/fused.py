@@ -139,6 +139,12 @@ class Kernels:
             self.encoders.append(encoder_weights(enc, dtype))
             self.decoders.append(decoder_weights(up, dec, head.out_conv if k == 0 else None, dtype))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights as the ops want them."""
+        values = [value for weights in (*self.encoders, *self.decoders) for value in weights]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
     def is_of(self, head: DetailerHead) -> bool:
         """Whether the head's weights are still those."""
         return self.state == self._state(head) and torch.equal(self.biases, self._biases(head))

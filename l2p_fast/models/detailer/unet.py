@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...ops import cpu_has_fast_bf16, fused_levels
+from ...ops import fused_levels, product_dtype
 from ...variants import BOTTLENECK, OF_PATCH, scaled_channels
 from . import bands
 from .bands import Plan, Rows, Run
@@ -108,7 +108,7 @@ class DetailerHead(nn.Module):
         """
         self._check(pixels, features)
         plan = self.plan(pixels, features.dtype, band_rows or self.band_rows, memory_mb or self.memory_mb)
-        maps = self._dtype_of_maps(pixels.device, features.dtype)
+        maps = product_dtype(features.dtype, pixels.device)
         run = self.kernels(pixels.device, features.dtype) or Library(self, maps)
         if plan is None:
             return self._inner(run, pixels, features, first=0).to(features.dtype).contiguous()
@@ -166,7 +166,7 @@ class DetailerHead(nn.Module):
             step = 2**self.table_banded
             plan = Plan(self.table_banded, -(-band_rows // step) * step)
             return plan if plan.rows < height else None
-        fused, maps = self._fused_count(pixels.device, dtype), self._dtype_of_maps(pixels.device, dtype)
+        fused, maps = self._fused_count(pixels.device, dtype), product_dtype(dtype, pixels.device)
         on_cuda = pixels.device.type == "cuda"
         if memory_mb is not None:
             budget = memory_mb * 2**20
@@ -189,8 +189,13 @@ class DetailerHead(nn.Module):
         """
         batch, _, height, width = pixels.shape
         plan = self.plan(pixels, dtype, band_rows, memory_mb)
-        fused, maps = self._fused_count(pixels.device, dtype), self._dtype_of_maps(pixels.device, dtype)
+        fused, maps = self._fused_count(pixels.device, dtype), product_dtype(dtype, pixels.device)
         return bands.peak_bytes(self.levels, plan, (batch, height, width), maps, fused)
+
+    def packed_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        """What `kernels` holds beside the weights themselves; for a head on the meta device."""
+        count = self._fused_count(device, dtype)
+        return Kernels(self, count, product_dtype(dtype, device)).nbytes if count else 0
 
     def convolutions(self, k: int) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]:
         """Level ``k``'s convolutions: ``enc``, ``up`` and ``dec``."""
@@ -212,7 +217,7 @@ class DetailerHead(nn.Module):
         kernels = self._kernels  # another thread may renew it meanwhile
         if kernels is None or not kernels.is_of(self):
             kernels = self._kernels = None  # first give its memory back
-            kernels = Kernels(self, self._fused_count(device, dtype), self._dtype_of_maps(device, dtype))
+            kernels = Kernels(self, self._fused_count(device, dtype), product_dtype(dtype, device))
             self._kernels = kernels
         return kernels
 
@@ -221,11 +226,6 @@ class DetailerHead(nn.Module):
         if torch.is_grad_enabled() or not fused_levels(device, dtype):
             return 0
         return len(self.levels) if device.type == "cpu" else self.table_banded
-
-    def _dtype_of_maps(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-        """What the levels are computed and their feature maps held in: float32 where bfloat16 is slow."""
-        slow = dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_fast_bf16()
-        return torch.float32 if slow else dtype
 
     def _check(self, pixels: Tensor, features: Tensor) -> None:
         step = 2 ** len(self.levels)

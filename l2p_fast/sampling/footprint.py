@@ -1,0 +1,127 @@
+"""What drawing an image will take, by arithmetic: bytes on the device that draws.
+
+Weights and the image are counted exactly, the Detailer Head by its own plan, a block by the tensors that its
+feed-forward holds at once. Left out: the allocator's fragmentation, the libraries' own buffers, the CUDA context (about
+0.5 GB). ``benchmarks/full_size.py`` compares it with measured peaks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.checkpoint import Checkpoint
+from ..formats.text_encoder import open_encoder
+from ..models.blocks import SEQUENCE_MULTIPLE
+from ..models.text import MAX_TOKENS
+from ..models.zimage import L2PTransformer2DModel, build_empty
+from ..ops import product_dtype
+from ..quantize import LowBitLinear, products
+from .denoise import one_by_one
+from .facts import ModelFacts
+from .request import Request, Setup
+from .session import pick_device, pick_dtype
+
+HIDDEN = 8 / 3  # width of a feed-forward's inside, of the model's
+
+
+@dataclass
+class Memory:
+    """Bytes at the peak of a denoising step, by what holds them."""
+
+    weights: int
+    packed: int  # the Detailer Head's weights as its kernels want them, beside the stored ones
+    images: int  # the state in fp32 and the predictions
+    working: int  # the larger of a block's and the head's
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.packed + self.images + self.working
+
+
+@torch.no_grad()
+def expected(
+    model: L2PTransformer2DModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    size: tuple[int, int],
+    text_tokens: int = MAX_TOKENS,
+    guided: bool = False,
+    rows: int = 1,
+) -> Memory:
+    """The peak of a step of the (meta) ``model``, whose blocks are quantized as they will be.
+
+    Args:
+        dtype: of parameters and activations.
+        device: that draws.
+        size: (height, width) in pixels.
+        text_tokens: of the longer prompt.
+        guided: whether there are predictions for a negative prompt, too.
+        rows: samples that run as a batch.
+    """
+    height, width = size
+    device = torch.device(device)
+    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    weights += sum(buffer.nbytes for buffer in model.buffers())
+    images = height * width * 3 * (4 + dtype.itemsize * (2 if guided else 1))
+    grid = height // model.patch_size * (width // model.patch_size)
+    tokens = rows * sum(-(-count // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for count in (grid, text_tokens))
+    features = tokens * model.config.dim * dtype.itemsize
+    pixels = torch.empty(1, 1, 1, 1, device=device).expand(rows, 3, height, width)
+    head = features + model.head.peak_bytes(pixels, dtype)
+    working = max(block_bytes(model, tokens, dtype, device), head)
+    return Memory(weights, model.head.packed_bytes(device, dtype), images, int(working))
+
+
+def block_bytes(model: L2PTransformer2DModel, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """What a block's feed-forward holds at once: input, its norm, and the two inner tensors with what makes the second
+    or with their product."""
+    kept, wide = dtype.itemsize, product_dtype(dtype, device).itemsize
+    layers = [m for _, block in model.blocks() for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    largest = max(layer.in_features * layer.out_features for layer in layers)
+    rounded = next((layer for layer in layers if isinstance(layer, LowBitLinear)), None)
+    copied, decoded = (1 + HIDDEN) * wide, largest * wide  # of the input and the output, and of the weight
+    if wide == kept:
+        copied = 0.0
+        if rounded is None:
+            decoded = 0
+    if rounded is not None and rounded.weight.dtype != torch.uint8:  # the input twice in fp32 while it is rounded
+        copied, decoded = max(9.0, copied), decoded if device.type == "cpu" and rounded.weight.dtype == torch.int8 else 0
+    each = max((2 + 3 * HIDDEN) * kept, (2 + 2 * HIDDEN) * kept + copied)
+    return int(tokens * model.config.dim * each + decoded)
+
+
+def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
+    """The dry run's text: memory by what holds it, from the files' headers alone.
+
+    Raises:
+        UserError: a model, text encoder or device that isn't there or can't be used.
+    """
+    device = pick_device(setup)
+    checkpoint = Checkpoint(facts.path / "transformer" if facts.is_pipeline else facts.path)
+    model = build_empty(checkpoint.l2p_config())
+    dtype = pick_dtype(setup.dtype, device)[0] or checkpoint.default_dtype
+    if setup.quantize != "none":
+        products.check(setup.quantize, device)
+        products.quantize_blocks(model, setup.quantize)
+    if setup.head_memory_mb is not None:
+        model.head.memory_mb = setup.head_memory_mb
+    size = request.height, request.width
+    guided = request.guidance is None or request.guidance > 1
+    alone = request.cfg_batch == "off" or (request.cfg_batch == "auto" and one_by_one(device, size))
+    memory = expected(model, dtype, device, size, guided=guided, rows=2 if guided and not alone else 1)
+    encoder, words = 0, ""
+    source = facts.path if setup.text_encoder is None else setup.text_encoder
+    if os.path.isdir(source):
+        encoder = sum(stored.numel for stored in open_encoder(source).tensors.values()) * dtype.itemsize
+    else:
+        words = f", without the text encoder, as {source} is not here"
+    kind = str(dtype).removeprefix("torch.") + (f", blocks in {setup.quantize}" if setup.quantize != "none" else "")
+    lines = [f"model      {facts.name}, {kind}; {size[1]}x{size[0]} on {device}"]
+    parts = {"weights": memory.weights, "text encoder": encoder, "head's packed": memory.packed,
+             "images": memory.images, "working": memory.working, "total": memory.total + encoder}  # fmt: skip
+    lines += [f"{'memory' if i == 0 else '':11}{name:<18}{count / 1e9:>9.2f} GB" for i, (name, count) in
+              enumerate(parts.items())]  # fmt: skip
+    return "\n".join(lines) + words
