@@ -211,8 +211,9 @@ struct Line {
 };
 
 // What `count` planes of a term from `first` on add to CB outputs at NV vectors of columns: to totals (output, row, vector).
+// Not inlined: all that its innermost loop needs then has a register.
 template <class V, int CB, int NV>
-void add_products(const Term& term, int64_t first, int64_t count, int64_t output, int64_t column,
+__attribute__((noinline)) void add_products(const Term& term, int64_t first, int64_t count, int64_t output, int64_t column,
                   typename V::Floats* totals) {
   typename V::Floats sums[CB][NV];
 #pragma GCC unroll 8
@@ -222,11 +223,12 @@ void add_products(const Term& term, int64_t first, int64_t count, int64_t output
   }
   const uint32_t* weights =
       term.weights + output / kBlock * term.block_words + first * kBlock + output % kBlock;
+  const int64_t step = term.step, next = term.block_words;
   for (int tap = 0; tap < term.count; ++tap, weights += term.words * kBlock) {
     const uint32_t* x = term.taps[tap] + first * term.step + column;
     const uint32_t* w = weights;
-    for (int64_t k = 0; k < count; ++k, x += term.step, w += kBlock) {
-      __builtin_prefetch(w + term.block_words);  // the next outputs': too far for the processor to guess
+    for (int64_t k = 0; k < count; ++k, x += step, w += kBlock) {
+      __builtin_prefetch(w + next);  // the next outputs': too far for the processor to guess
 #pragma GCC unroll 2
       for (int part = 0; part < V::kParts; ++part) {
         typename V::Operand columns[NV];
@@ -355,7 +357,7 @@ class Worker {
 
   // Totals through SiLU into a row's planes.
   template <int NV>
-  void finish(typename V::Floats* totals, const Line& line, int64_t edge_column, int64_t column) {
+  __attribute__((noinline)) void finish(typename V::Floats* totals, const Line& line, int64_t edge_column, int64_t column) {
     const int64_t lane = edge_column - column;
     for (int64_t output = 0; output < s_.channels; output += V::kPer) {
       if (line.edge != nullptr && lane >= 0 && lane < NV * V::kLanes) {
