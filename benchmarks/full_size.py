@@ -60,7 +60,7 @@ def weights(folder: Path, patch: int) -> Path:
     return path
 
 
-# --- The rows ----------------------------------------------------------------------------------------------------------
+# --- The rows --------------------------------------------------------------------------------------------------------
 # Each makes what is not to be counted, then returns what is measured and the bytes that the planner tells.
 
 

@@ -88,7 +88,10 @@ def block_bytes(model: L2PTransformer2DModel, tokens: int, dtype: torch.dtype, d
         if rounded is None:
             decoded = 0
     if rounded is not None and rounded.weight.dtype != torch.uint8:  # the input twice in fp32 while it is rounded
-        copied, decoded = max(9.0, copied), decoded if device.type == "cpu" and rounded.weight.dtype == torch.int8 else 0
+        copied, decoded = (
+            max(9.0, copied),
+            decoded if device.type == "cpu" and rounded.weight.dtype == torch.int8 else 0,
+        )
     each = max((2 + 3 * HIDDEN) * kept, (2 + 2 * HIDDEN) * kept + copied)
     return int(tokens * model.config.dim * each + decoded)
 

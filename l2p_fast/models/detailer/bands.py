@@ -22,6 +22,9 @@ from ...variants import Level
 _IMAGE_CHANNELS = 16  # of which the CUDA kernel makes the image without storing them: kImageChannels in csrc/head.h
 
 
+NEAR = 32 << 20  # bytes
+
+
 class Rows(NamedTuple):
     """Rows [start, stop) of an image of ``height`` rows."""
 
@@ -156,13 +159,14 @@ def choose(
 ) -> Plan | None:
     """How a batch of ``shape`` (B, H, W) is run within ``budget`` bytes; None: whole.
 
-    What fits runs whole; else ``fewest`` levels are banded, or more, until the inner ones fit too. If nothing fits, the
+    What fits runs whole (by kernels in float32: what stays near the processor); else ``fewest`` levels are banded, or more, until the inner ones fit too. If nothing fits, the
     least demanding way is taken. No map that is held has ``elements`` or more.
     """
     batch, height, width = shape
     per_pixel = max(max(level.enc, level.up, level.dec) / 4**k for k, level in enumerate(levels))
     small = elements is None or batch * height * width * per_pixel < elements
-    if small and whole_bytes(levels, shape, dtype, fused) <= budget:
+    limit = 2 * _near(dtype, budget, fused) if _is_wide(dtype, fused) else budget
+    if small and whole_bytes(levels, shape, dtype, fused) <= limit:
         return None
     best, least = None, 0
     for banded in range(fewest, len(levels)):
@@ -225,15 +229,27 @@ def band_bytes(levels: Sequence[Level], rows: int, width: int, dtype: torch.dtyp
 
 
 def _rows_within(levels: Sequence[Level], width: int, dtype: torch.dtype, budget: int, fused: int) -> int:
-    """Rows of a band through ``levels``: a quarter of the budget, since bands that stay near the processor are the
-    faster (half of it for fused levels, which cross memory less often); up to twice the halo where the budget allows,
-    and never less than the halo, else most work is done several times."""
+    """Rows of a band through ``levels``: what stays near the processor; up to twice the halo (in float32 by kernels four
+    times) where the budget allows, and never less than the halo, else most work is done several times."""
     step = 2 ** len(levels)
     halo = -(-_halo(len(levels)) // step) * step
     fixed = band_bytes(levels, 0, width, dtype, fused)  # what the halo takes
     per_step = band_bytes(levels, step, width, dtype, fused) - fixed
-    small, large = ((limit - fixed) // per_step * step for limit in (budget // (2 if fused else 4), budget))
-    return max(halo, small, min(large, 2 * halo))
+    small, large = ((limit - fixed) // per_step * step for limit in (_near(dtype, budget, fused), budget))
+    return max(halo, small, min(large, (4 if _is_wide(dtype, fused) else 2) * halo))
+
+
+def _is_wide(dtype: torch.dtype, fused: int) -> bool:
+    return bool(fused) and dtype == torch.float32
+
+
+def _near(dtype: torch.dtype, budget: int, fused: int) -> int:
+    """Bytes of a band that stays near the processor, which is the faster: a quarter of the budget; half of it for fused
+    levels, which cross memory less often; in float32 no more than a CPU's last cache, and than what its allocator
+    keeps instead of taking zeroed pages from the system again."""
+    if _is_wide(dtype, fused):
+        return min(NEAR, budget // 4)
+    return budget // (2 if fused else 4)
 
 
 def _halo(banded: int) -> int:

@@ -22,6 +22,7 @@ from .bands import Plan, Rows, Run
 from .fused import Kernels, Library
 
 BANDED_CHANNELS = 64  # levels up to this many encoder channels hold much memory and little work: these run in bands
+AUTO_WIDE_MB = 320.0  # the same where kernels run in float32
 AUTO_MEMORY_MB = 256.0  # working memory the head may take when neither bands nor budget are given; on CUDA instead:
 CUDA_SHARE = 0.5  # of what is free there
 CUDA_ELEMENTS = 2**31  # that no map reaches there: the library's kernels count in 32 bits
@@ -61,7 +62,7 @@ class DetailerHead(nn.Module):
         levels: its levels, from full resolution inwards.
         band_rows: rows of a band at full resolution; None chooses from ``memory_mb``.
         memory_mb: working memory in MB that the head aims to stay within, beside its input and output; None: 256 MB,
-            where kernels run in float32 512, on CUDA half of what is free. What fits runs whole. It is an aim: the
+            where kernels run in float32 320, on CUDA half of what is free. What fits runs whole. It is an aim: the
             inner levels and the halo of a band set a floor.
 
     Raises:
@@ -173,7 +174,7 @@ class DetailerHead(nn.Module):
         elif on_cuda:
             budget = CUDA_SHARE * free_cuda_bytes(pixels.device)
         else:
-            budget = AUTO_MEMORY_MB * 2**20 * (maps.itemsize // 2 if fused else 1)
+            budget = (AUTO_WIDE_MB if fused and maps == torch.float32 else AUTO_MEMORY_MB) * 2**20
         fewest = 1 if fused else self.table_banded  # kernels are fast on every level; what is banded is made twice
         elements = CUDA_ELEMENTS if on_cuda else None
         plan = bands.choose(self.levels, fewest, (batch, height, width), maps, int(budget), fused, elements)
