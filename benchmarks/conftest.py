@@ -183,6 +183,7 @@ def row(request, benchmark):
             pytest.skip(f"{result['status']}: {result['reason']}")
         return result
 
+    record.device = session.device
     return record
 
 

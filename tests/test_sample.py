@@ -63,6 +63,19 @@ def test_a_picture_its_text_and_the_report(run, model, capsys):
     assert list(Path().iterdir()) == [Path("star.png")]
 
 
+def test_a_dry_run_tells_what_the_weights_take(run, model, capsys):
+    """The weights as counted are those that are then held; nothing is drawn."""
+    from l2p_fast.loading import load_model
+
+    assert run("a red star", "--res", 32, "--dtype", "fp32", "--dry-run") == 0
+    said = capsys.readouterr().out
+    held = sum(p.nbytes for p in load_model(model / "transformer", torch.float32).parameters())
+    assert f"weights           {held / 1e9:>9.2f} GB" in said and "32x32 on cpu" in said
+    for word in ("text encoder", "images", "working", "total"):
+        assert word in said
+    assert not list(Path().iterdir())
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_from_image_repeats_pixel_for_pixel(run, suffix):
     run("a blue ring", "--height", 32, "--width", 48, "--steps", 3, "--guidance", 3.5, "--out", f"one{suffix}")

@@ -20,8 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from ...variants import Level
 
 _IMAGE_CHANNELS = 16  # of which the CUDA kernel makes the image without storing them: kImageChannels in csrc/head.h
-
-
 NEAR = 32 << 20  # bytes
 
 
@@ -159,8 +157,9 @@ def choose(
 ) -> Plan | None:
     """How a batch of ``shape`` (B, H, W) is run within ``budget`` bytes; None: whole.
 
-    What fits runs whole (by kernels in float32: what stays near the processor); else ``fewest`` levels are banded, or more, until the inner ones fit too. If nothing fits, the
-    least demanding way is taken. No map that is held has ``elements`` or more.
+    What fits runs whole (by kernels in float32: what stays near the processor); else ``fewest`` levels are banded, or
+    more, until the inner ones fit too. If nothing fits, the least demanding way is taken. No map that is held has
+    ``elements`` or more.
     """
     batch, height, width = shape
     per_pixel = max(max(level.enc, level.up, level.dec) / 4**k for k, level in enumerate(levels))
@@ -229,8 +228,8 @@ def band_bytes(levels: Sequence[Level], rows: int, width: int, dtype: torch.dtyp
 
 
 def _rows_within(levels: Sequence[Level], width: int, dtype: torch.dtype, budget: int, fused: int) -> int:
-    """Rows of a band through ``levels``: what stays near the processor; up to twice the halo (in float32 by kernels four
-    times) where the budget allows, and never less than the halo, else most work is done several times."""
+    """Rows of a band through ``levels``: what stays near the processor; up to twice the halo (in float32 by kernels
+    four times) where the budget allows, and never less than the halo, else most work is done several times."""
     step = 2 ** len(levels)
     halo = -(-_halo(len(levels)) // step) * step
     fixed = band_bytes(levels, 0, width, dtype, fused)  # what the halo takes
