@@ -37,7 +37,7 @@ ROWS = ("load bf16", "load int8", "load nf4", "draw 1024", "draw 4096", "train")
 def weights(folder: Path, patch: int) -> Path:
     """The random checkpoint of the published model of ``patch``, written if it isn't there."""
     from l2p_fast.formats.write import Piece, write_pieces
-    from l2p_fast.models.zimage import build_empty
+    from l2p_fast.loading import build_empty
 
     path = folder / f"random-{patch}.safetensors"
     if not path.exists():
@@ -65,8 +65,7 @@ def weights(folder: Path, patch: int) -> Path:
 
 
 def load(folder: Path, name: str, _: int) -> tuple[Callable[[], object], int]:
-    from l2p_fast.loading import load_model
-    from l2p_fast.models.zimage import build_empty
+    from l2p_fast.loading import build_empty, load_model
     from l2p_fast.quantize import products
 
     path, quantize = weights(folder, 16), None if name == "bf16" else name
@@ -78,8 +77,7 @@ def load(folder: Path, name: str, _: int) -> tuple[Callable[[], object], int]:
 
 
 def draw(folder: Path, size: str, blocks: int) -> tuple[Callable[[], object], int]:
-    from l2p_fast.loading import load_model
-    from l2p_fast.models.zimage import build_empty
+    from l2p_fast.loading import build_empty, load_model
     from l2p_fast.quantize import products
     from l2p_fast.sampling import footprint
     from l2p_fast.sampling.pipeline import L2PPipeline, make_scheduler
@@ -109,7 +107,7 @@ def draw(folder: Path, size: str, blocks: int) -> tuple[Callable[[], object], in
 
 def train(folder: Path, _: str, __: int) -> tuple[Callable[[], object], int]:
     from l2p_fast.formats.checkpoint import Checkpoint
-    from l2p_fast.models.zimage import build_empty
+    from l2p_fast.loading import build_empty
     from l2p_fast.training import memory
     from l2p_fast.training.build import build
     from l2p_fast.training.config import load_config

@@ -14,9 +14,10 @@ import torch
 
 from ..formats.checkpoint import Checkpoint
 from ..formats.text_encoder import open_encoder
+from ..loading import build_empty
 from ..models.blocks import SEQUENCE_MULTIPLE
+from ..models.pixel import PixelModel
 from ..models.text import MAX_TOKENS
-from ..models.zimage import L2PTransformer2DModel, build_empty
 from ..ops import product_dtype
 from ..quantize import LowBitLinear, products
 from .denoise import one_by_one
@@ -43,7 +44,7 @@ class Memory:
 
 @torch.no_grad()
 def expected(
-    model: L2PTransformer2DModel,
+    model: PixelModel,
     dtype: torch.dtype,
     device: torch.device,
     size: tuple[int, int],
@@ -75,7 +76,7 @@ def expected(
     return Memory(weights, model.head.packed_bytes(device, dtype), images, int(working))
 
 
-def block_bytes(model: L2PTransformer2DModel, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+def block_bytes(model: PixelModel, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
     """What a block's feed-forward holds at once: input, its norm, and the two inner tensors with what makes the second
     or with their product."""
     kept, wide = dtype.itemsize, product_dtype(dtype, device).itemsize
@@ -104,7 +105,7 @@ def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
     """
     device = pick_device(setup)
     checkpoint = Checkpoint(facts.path / "transformer" if facts.is_pipeline else facts.path)
-    model = build_empty(checkpoint.l2p_config())
+    model = build_empty(checkpoint.l2p_config(), checkpoint.layout.source.name)
     dtype = pick_dtype(setup.dtype, device)[0] or checkpoint.default_dtype
     if setup.quantize != "none":
         products.check(setup.quantize, device)

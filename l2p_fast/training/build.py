@@ -43,7 +43,8 @@ def build(config: Config, workers: Workers) -> tuple[PixelModel, dict[str, nn.Pa
     """
     dtype, bits = DTYPES[config.model.weights], config.model.frozen_bits
     base = Checkpoint(config.model.base)
-    model = nn.Module.to(build_empty(base.l2p_config(), base.layout.source.name), dtype)  # diffusers' own warns, whatever the model
+    model = build_empty(base.l2p_config(), base.layout.source.name)
+    model = nn.Module.to(model, dtype)  # diffusers' own warns, whatever the model
     freeze(model, config.freeze, bool(config.lora.rank))
     pairs = targets(model, config.lora)
 
