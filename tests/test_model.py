@@ -384,7 +384,7 @@ def test_quantized_linears_on_the_cpu():
     given = inputs(48, 64, (5,))
     plain = model(*given)
     for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear:  # all of them: nothing may rely on a weight's own dtype or shape
+        if isinstance(module, torch.nn.Linear):  # all of them: nothing may rely on a weight's own dtype or shape
             linear = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None)
             linear.load_state_dict(module.state_dict())
             model.set_submodule(name, linear.to("cpu"))

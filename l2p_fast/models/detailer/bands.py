@@ -106,9 +106,11 @@ def decode_band(run: Run, pixels: Tensor, inner: Tensor, rows: Rows, banded: int
     return x
 
 
-def sweep(band: Callable[..., Tensor], inputs: Sequence[Tensor], rows: int, shape: tuple[int, int, int]) -> Tensor:
-    """Run ``band(*sample, start, stop)`` over all samples and bands of ``rows`` rows; -> (B, *shape)."""
-    batch, height = inputs[0].shape[0], shape[1]
+def sweep(
+    band: Callable[..., Tensor], inputs: Sequence[Tensor], rows: int, height: int, order: torch.memory_format
+) -> Tensor:
+    """Run ``band(*sample, start, stop)`` over all samples and bands of ``rows`` rows; -> (B, C, height, W)."""
+    batch = inputs[0].shape[0]
     spans = [(start, min(start + rows, height)) for start in range(0, height, rows)]
     if torch.is_grad_enabled():
         samples = []
@@ -123,9 +125,8 @@ def sweep(band: Callable[..., Tensor], inputs: Sequence[Tensor], rows: int, shap
         for start, stop in spans:
             out = band(*sample, start, stop)
             if result is None:
-                result = out.new_empty((batch, *shape))
-                if shape[0] != 3:  # the inner levels go on channels-last; the image is contiguous
-                    result = result.to(memory_format=torch.channels_last)
+                shape = (batch, out.shape[1], height, out.shape[3])
+                result = torch.empty(shape, dtype=out.dtype, device=out.device, memory_format=order)
             result[i : i + 1, :, start:stop] = out
     return result
 

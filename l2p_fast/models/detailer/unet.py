@@ -114,8 +114,8 @@ class DetailerHead(nn.Module):
         if plan is None:
             return self._inner(run, pixels, features, first=0).to(features.dtype).contiguous()
         banded, rows = plan
-        height, width = pixels.shape[-2:]
-        pooled_height, pooled_width = height >> banded, width >> banded
+        height = pixels.shape[-2]
+        pooled_height = height >> banded
 
         def encode(sample: Tensor, start: int, stop: int) -> Tensor:
             return bands.encode_band(run, sample, Rows(start, stop, pooled_height), banded)
@@ -123,9 +123,10 @@ class DetailerHead(nn.Module):
         def decode(sample: Tensor, inner: Tensor, start: int, stop: int) -> Tensor:
             return bands.decode_band(run, sample, inner, Rows(start, stop, height), banded).to(features.dtype)
 
-        x = bands.sweep(encode, (pixels,), rows >> banded, (self.levels[banded - 1].enc, pooled_height, pooled_width))
+        # The inner levels go on channels-last; the image is contiguous.
+        x = bands.sweep(encode, (pixels,), rows >> banded, pooled_height, torch.channels_last)
         x = self._inner(run, x, features, first=banded)
-        return bands.sweep(decode, (pixels, x), rows, (3, height, width))
+        return bands.sweep(decode, (pixels, x), rows, height, torch.contiguous_format)
 
     def _inner(self, run: Run, x: Tensor, features: Tensor, first: int) -> Tensor:
         """Levels ``first`` inwards and the bottleneck, whole: pooled image -> decoded features of its size."""
