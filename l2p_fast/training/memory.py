@@ -126,6 +126,8 @@ def block_bytes(model: PixelModel, dtype: torch.dtype) -> dict[str, tuple[float,
 
     Counted on `PixelModel.small`: what the forward pass of one block saves, and four gradients of its widest layer.
     """
+    if dtype == torch.bfloat16:
+        dtype = torch.float16  # as large; some CPUs multiply bfloat16 in float32, and the plan is for any device
     small, side = model.small().to(dtype), 8
     own = {t.untyped_storage().data_ptr() for t in (*small.parameters(), *small.buffers())}
     seen: dict[str, dict[int, int]] = {}
