@@ -13,6 +13,7 @@ LARGEST = {
     "pictures": 10**7,
     "count": 10**6,
     "per_task": 10**4,
+    "seeds": 1000,
     "sides_16": 4096,
     "sides_64": 16384,
     "steps": 10**7,
@@ -52,7 +53,13 @@ def parser() -> argparse.ArgumentParser:
     sheet.add_argument("--out", type=Path, default=Path("contact-sheet.png"))
     sheet.add_argument("--res", type=int, default=1024, help="px of a side of each image (default 1024)")
     sheet.add_argument("--large", type=int, default=4096, help="px of a side of the large image (default 4096)")
-    for stage in (ldm, corpus, transfer, bundle, score, ablate, sheet):
+    road = stages.add_parser("road", help="another source's class, from a latent model to a pixel model and its score")
+    road.add_argument("--source", choices=("flux2", "qwen_image"), required=True, help="of which class")
+    road.add_argument("--minutes", type=float, default=20, help="training time, half of it the latent model's (20)")
+    road.add_argument("--pictures", type=int, default=2000, help="the renderer's, for the latent model (default 2000)")
+    road.add_argument("--count", type=int, default=480, help="images that the latent model draws (default 480)")
+    road.add_argument("--seeds", type=int, default=4, help="images of each of the 30 prompts to score (default 4)")
+    for stage in (ldm, corpus, transfer, bundle, score, ablate, sheet, road):
         stage.add_argument(
             "--folder", type=Path, default=Path("runs/tiny"), help="where all is kept (default runs/tiny)"
         )
@@ -90,6 +97,10 @@ def main(argv: list[str] | None = None) -> int:
         from . import transfer
 
         transfer.run(args.folder, device, args.patch_size, args.minutes)
+    elif args.stage == "road":
+        from . import road
+
+        road.run(args.folder, args.source, args.minutes, args.pictures, args.count, args.seeds)
     elif args.stage == "bundle":
         from . import bundle
 
