@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from test_checkpoint import tiny
 from tiny_pipeline import tiny_transformer
 
-from l2p_fast import load_lora
+from l2p_fast import load_lora, ops
 from l2p_fast.errors import UserError
 from l2p_fast.formats.lora import read_lora
-from l2p_fast.models import blocks
 from l2p_fast.models.adapters import shapes_of
 from l2p_fast.quantize import quantize
 
@@ -472,5 +471,5 @@ def test_several_adapters_and_fusing(tmp_path):
     again = read(tmp_path / "pytorch_lora_weights.safetensors")[MODULE].kind
     assert torch.equal(again.down, pair(MODULE)[f"{MODULE}.lora_A.weight"])
     model.unload_lora()
-    assert type(layer()) is blocks.Linear
+    assert type(layer()) is ops.Linear
     assert model.state_dict().keys() == tiny().state_dict().keys()

@@ -18,10 +18,10 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from ..ops import (
+    Linear,
     Rope,
     apply_rope,
     gate_norm_residual,
-    linear,
     norm_modulate,
     product_dtype,
     qk_norm_rope,
@@ -32,13 +32,6 @@ from .attention import Ragged, pack, packed_kernel
 
 ADALN_DIM = 256  # the timestep embedding is never wider than this
 SEQUENCE_MULTIPLE = 32  # each sequence is filled up to a multiple of this with a learned token
-
-
-class Linear(nn.Linear):
-    """A linear layer whose product is `ops.linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

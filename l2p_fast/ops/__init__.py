@@ -27,7 +27,7 @@ from .head import (
     head_encode_reference,
     head_obstacle,
 )
-from .linear import linear
+from .linear import Linear, linear
 from .norm import (
     Rope,
     apply_rope,
@@ -44,6 +44,7 @@ from .silu import silu_mul, silu_mul_reference
 from .update import euler_step, euler_step_, euler_step_reference, to_uint8, to_uint8_reference
 
 __all__ = [
+    "Linear",
     "DecoderWeights",
     "EncoderWeights",
     "Rope",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cpu import product_dtype
 
@@ -38,3 +38,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling() or not x.dtype == weight.dtype != product_dtype(x.dtype, x.device):
         return F.linear(x, weight, bias)
     return _Wide.apply(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose product is `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.blocks import Linear
-from ..ops import product_dtype
+from ..ops import Linear, product_dtype
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}  # nf4: two values a byte
 MULTIPLE = 16  # of K and N, that the 8-bit matrix products ask for
