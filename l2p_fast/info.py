@@ -1,6 +1,7 @@
 """What is installed, how the extension was built and what could be added: ``python -m l2p_fast.info``.
 
-For a person with a question and for a bug report. Looks only: it loads no model and starts nothing on a GPU.
+For a person with a question and for a bug report. With a checkpoint: what it is, by its header. Looks only: it loads no
+model and starts nothing on a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import platform
 from collections.abc import Iterator
 
 from . import __version__
-from .errors import Parser, run_cli
+from .errors import Parser, UserError, run_cli
+from .formats.checkpoint import Checkpoint
 from .models import attention
 from .sampling.facts import BUNDLED, WEIGHTS
 
@@ -23,6 +25,7 @@ OPTIONAL = {
     "flash-attn": "--attention flash: pip install flash-attn --no-build-isolation (compiles for hours)",
     "xformers": "--attention xformers: pip install xformers",
     "kernels": "--attention flash_hub and the like: pip install kernels",
+    "gguf": "GGUF files: pip install l2p_fast[gguf]",
     "openai": "l2p data: pip install l2p_fast[data]",
     "tensorboard": "training curves: pip install tensorboard",
 }
@@ -91,9 +94,50 @@ def report() -> Iterator[str]:
         yield from (f"  {line}" for line in lines)
 
 
-def main() -> None:
-    Parser(prog="python -m l2p_fast.info", description=__doc__.split("\n")[0]).parse_args()
-    for line in report():
+SHOWN = 200  # characters of a text that a file holds
+
+
+def describe(path: str) -> Iterator[str]:
+    """What a checkpoint is, from names, shapes and metadata alone.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
+    found = Checkpoint(path)
+    kind, tensors = found.kind(), found.tensors.values()
+    files = {where.file for where in tensors}
+    size = sum(file.stat().st_size for file in files)
+    words = {
+        "l2p": "L2P model",
+        "latent": "latent model",
+        "delta": "training output",
+        "lora": "LoRA",
+        "other": "unknown",
+    }
+    title = "" if kind in ("lora", "other") else f" of {found.layout.source.title}"
+    yield f"{path}: {words[kind]}{title}, {size / 1e9:.2f} GB in {len(files)} file{'s' * (len(files) > 1)}"
+    counts: dict[str, list[int]] = {}
+    for where in tensors:
+        count = counts.setdefault(where.dtype + (", rotated" if where.rotation else ""), [0, 0, 0])
+        for i, more in enumerate((1, where.numel, where.nbytes)):
+            count[i] += more
+    for dtype, (number, values, held) in sorted(counts.items(), key=lambda item: -item[1][2]):
+        yield f"  {dtype:<16}{number:>6} tensors {values:>15,} values {held / 1e9:>8.2f} GB"
+    if kind in ("l2p", "latent"):
+        try:
+            config = found.model_config()
+            yield "  " + ", ".join(f"{name} {value}" for name, value in config.items())
+        except UserError as error:
+            yield f"  {error}"
+    for name, text in found.metadata.items():
+        yield f"  {name[:SHOWN]!r}: {text[:SHOWN]!r}{'...' * (len(text) > SHOWN)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m l2p_fast.info", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", nargs="?", help="tell of this file or folder instead")
+    path = parser.parse_args(argv).checkpoint
+    for line in report() if path is None else describe(path):
         print(line)
 
 

@@ -22,7 +22,7 @@ from .formats.text_encoder import KINDS, check_tokenizer, compare_encoder, open_
 from .formats.values import default_dtype, fill, is_finite
 from .models.pixel import PixelModel, empty
 from .models.text import template_prompt
-from .quantize import products
+from .quantize import products, stored
 from .variants import SOURCES
 
 
@@ -55,7 +55,8 @@ def load_model(
         dtype: of every parameter; None: `Checkpoint.default_dtype`.
         device: where the parameters are put as they are read.
         quantize: "fp8", "int8" or "nf4" puts the blocks' linear layers into 8 or 4 bits as they are read, so that they
-            are nowhere whole in ``dtype``; `quantize.weight_error` then tells their relative error.
+            are nowhere whole in ``dtype``; `quantize.weight_error` then tells their relative error. "stored" leaves what
+            the file has quantized as it is, which changes no value. None: nothing is in fewer bits.
         overrides: constructor arguments.
 
     Raises:
@@ -63,14 +64,25 @@ def load_model(
             training output that has yet to be merged, fp8 where ``device`` has none.
     """
     device = torch.device(device)
-    if quantize is not None:
+    if quantize not in (None, "stored"):
         products.check(quantize, device)
     checkpoint = Checkpoint(path)
     model = build_empty(checkpoint.l2p_config(**overrides), checkpoint.layout.source.name)
-    if quantize is not None:
-        products.quantize_blocks(model, quantize)
+    put_in_bits(model, checkpoint, quantize)
     checkpoint.fill(model, dtype, device)
     return model.eval()
+
+
+def put_in_bits(model: PixelModel, checkpoint: Checkpoint, quantize: str | None) -> None:
+    """Make the blocks of ``model`` (on the meta device) ready for weights in fewer bits; ``quantize`` as `load_model`.
+
+    Raises:
+        UserError: no layer has sizes that the type takes.
+    """
+    if quantize == "stored":
+        stored.keep_blocks(model, checkpoint.tensors)
+    elif quantize is not None:
+        products.quantize_blocks(model, quantize)
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, adapter: str | None = None) -> int:
@@ -189,6 +201,7 @@ def load_text_encoders(
     source: str,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    quantize: str | None = None,
 ) -> list[tuple[Any, Any]]:
     """The text encoders and tokenizers of a source model, from a folder with ``text_encoder/``, ``tokenizer/``, ...
 
@@ -200,13 +213,14 @@ def load_text_encoders(
         source: whose, a row of `variants.SOURCES`.
         dtype: of the encoders' parameters; None: as stored.
         device: where they are put as they are read.
+        quantize: as `load_model`'s, of the linear layers whose sizes fit.
 
     Raises:
         UserError: a file or a tensor is missing, renamed, misshapen or damaged; a pickle; another model or tokenizer.
     """
     parts = LAYOUTS[source].text
     path = _text_folder(folder, [name for encoder, tokenizer, _ in parts for name in (encoder, tokenizer)])
-    return [_load_encoder(path, *part, dtype, device) for part in parts]
+    return [_load_encoder(path, *part, dtype, device, quantize) for part in parts]
 
 
 # By their own modules: transformers' automatic classes take seconds to import. Of each kind of `text_encoder.KINDS`:
@@ -225,8 +239,18 @@ _TOKENIZERS = {
 }
 
 
+# T5 casts what goes into these to the dtype of their weights, whatever that is.
+_IN_FULL = ("wo",)
+
+
 def _load_encoder(
-    folder: Path, part: str, tokenizer_part: str, kind: str, dtype: torch.dtype | None, device: str | torch.device
+    folder: Path,
+    part: str,
+    tokenizer_part: str,
+    kind: str,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    quantize: str | None,
 ) -> tuple[Any, Any]:
     files = open_encoder(folder, part, kind)
     module, config_name, name = _CLASSES[kind]
@@ -243,6 +267,10 @@ def _load_encoder(
     compare_encoder(files, {key.removeprefix(prefix): shape for key, shape in shapes.items()}, folder / part)
     tokenizer = _load_tokenizer(check_tokenizer(folder, tokenizer_part, kind), kind, files.config["vocab_size"])
     tensors = {key: files.tensors[key.removeprefix(prefix)] for key in shapes}
+    if quantize == "stored":
+        stored.keep_stored(encoder, tensors, skip=_IN_FULL)
+    elif quantize is not None:
+        products.quantize_block(encoder, quantize, skip=_IN_FULL)
     fill(encoder, tensors, dtype or default_dtype(files.tensors.values()), device)
     _make_tables(encoder, config, device)
     limit = files.config.get("max_position_embeddings", 0)

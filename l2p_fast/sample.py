@@ -52,7 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", help="bf16, fp32, fp16 or auto: the checkpoint's own (default)")
     add("--device", help="cpu, cuda, cuda:1, mps, xpu or auto: a GPU if there is one (default)")
     add("--attention", help="a diffusers attention backend such as native, flash, sage or xformers (default: auto)")
-    add("--quantize", help="the blocks' weights in fewer bits: fp8, int8 (8bit), nf4 (4bit) or none (default)")
+    add(
+        "--quantize",
+        help="the blocks' weights in fewer bits: fp8, int8 (8bit), nf4 (4bit) or none: as the file is (default)",
+    )
     add("--compile", action="store_true", default=None, help="torch.compile the transformer's blocks")
     add("--offload", help="none, model or sequential: keep what is not at work in host memory (default: none)")
     add("--head-memory-mb", type=float, help="working memory of the head (default: 256; on CUDA half of what is free)")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from l2p_fast.errors import UserError
 from l2p_fast.formats import values
 from l2p_fast.formats.checkpoint import Checkpoint, load_state
+from l2p_fast.formats.decode import hadamard
 from l2p_fast.formats.names import LAYOUTS
 from l2p_fast.formats.shapes import infer_config, model_shapes
 from l2p_fast.formats.write import save_single_file
@@ -167,7 +168,7 @@ def test_int8_files_of_other_tools(tmp_path, case, place, scale_dtype):
     note = NOTES[case]
     weight = state[key]
     if note.get("convrot"):
-        weight = (weight.unflatten(1, (-1, 16)) @ values.hadamard(16)).flatten(1)
+        weight = (weight.unflatten(1, (-1, 16)) @ hadamard(16)).flatten(1)
     scale = (weight.abs().amax(1, keepdim=True) / 127).to(scale_dtype)
     base = "model.diffusion_model." + key.removesuffix("weight")
     file = {f"model.diffusion_model.{name}": value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""A path -> the safetensors files behind it. Loads no torch, downloads nothing, never leaves the folder."""
+"""A path -> the safetensors or GGUF files behind it. Loads no torch, downloads nothing, never leaves the folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, few
+from .gguf import MAGIC, read_gguf
 from .header import Stored, load_json, read_header
 
 CONFIG_LIMIT = 1 << 20  # bytes of a config.json
@@ -64,6 +65,7 @@ def _find(path: Path, part: str) -> _Files:
     config = load_json(path / "config.json", CONFIG_LIMIT) if path / "config.json" in entries else {}
     indexes = [p for p in entries if p.name.endswith(".safetensors.index.json")]
     weights = [p for p in entries if p.suffix == ".safetensors" and p.is_file()]
+    weights = weights or [p for p in entries if p.suffix == ".gguf" and p.is_file()]
     if len(indexes) > 1 or (not indexes and len(weights) > 1):
         for standard in _STANDARD:
             if path / standard in entries:
@@ -101,8 +103,17 @@ def _refuse_lone_shard(path: Path) -> None:
         )
 
 
+def _is_gguf(file: Path) -> bool:
+    """By its first bytes; as a length they would be that of a larger header than any safetensors file may have."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False  # whoever reads it says what is wrong
+
+
 def open_tensors(path: str | Path, part: str = "transformer") -> Opened:
-    """Open a .safetensors file, an ``*.index.json``, a folder of shards, or a pipeline folder (its ``part``).
+    """Open a .safetensors or .gguf file, an ``*.index.json``, a folder of shards, or a pipeline folder (its ``part``).
 
     Raises:
         UserError: nothing there, unreadable, only pickles, a shard missing or stale, a damaged header.
@@ -115,7 +126,7 @@ def open_tensors(path: str | Path, part: str = "transformer") -> Opened:
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        held, notes = read_header(file)
+        held, notes = read_gguf(file) if _is_gguf(file) else read_header(file)
         metadata = metadata or notes
         double = sorted(tensors.keys() & held.keys())
         if double:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 
@@ -19,7 +19,32 @@ ITEM_BYTES = {
     "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-QUANTIZED = ("I8", "F8_E4M3", "F8_E5M2")
+
+
+class Packing(NamedTuple):
+    """How a type of GGUF's packs a row: blocks of ``values`` in ``size`` bytes; ``scales`` are those that are fp16."""
+
+    values: int
+    size: int
+    scales: slice
+
+
+PACKED = {
+    "Q8_0": Packing(32, 34, slice(0, 2)), "Q6_K": Packing(256, 210, slice(208, 210)),
+    "Q5_K": Packing(256, 176, slice(0, 4)), "Q4_K": Packing(256, 144, slice(0, 4)),
+    "Q3_K": Packing(256, 110, slice(108, 110)), "Q2_K": Packing(256, 84, slice(80, 84)),
+    "Q5_1": Packing(32, 24, slice(0, 4)), "Q5_0": Packing(32, 22, slice(0, 2)),
+    "Q4_1": Packing(32, 20, slice(0, 4)), "Q4_0": Packing(32, 18, slice(0, 2)),
+}  # fmt: skip
+QUANTIZED = ("I8", "F8_E4M3", "F8_E5M2", *PACKED)
+
+
+def bytes_of(dtype: str, count: int) -> int:
+    """Bytes of ``count`` values of ``dtype``; of a packed type whole blocks."""
+    if packing := PACKED.get(dtype):
+        return count // packing.values * packing.size
+    return count * ITEM_BYTES[dtype]
+
 
 JSON_LIMIT = 16 << 20  # bytes of a header or a JSON file; a model of 10,000 tensors needs 1 MB
 NAME_LIMIT = 255  # characters of a tensor's name
@@ -29,7 +54,9 @@ AGAIN = "download or copy it again"
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: ``shape`` elements of ``dtype`` (a safetensors name) from byte ``offset`` of ``file``.
+    """Where one tensor lies: ``shape`` elements of ``dtype`` from byte ``offset`` of ``file``.
+
+    ``dtype`` is a safetensors name, or one of `PACKED`, whose rows are whole blocks.
 
     ``scale`` (scalar or one per row) and ``rotation`` (group size, 0 = none) belong to a quantized weight:
     value = stored x scale, then each group of ``rotation`` columns is rotated back by a Hadamard matrix.
@@ -49,7 +76,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * ITEM_BYTES[self.dtype]
+        return bytes_of(self.dtype, self.numel)
 
     @property
     def quantized(self) -> bool:
@@ -57,7 +84,7 @@ class Stored:
 
     def rows(self, first: int, count: int) -> Stored:
         """The tensor made of ``count`` rows (first dimension) from row ``first``; a scale per row is cut along."""
-        skip = first * math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        skip = first * bytes_of(self.dtype, math.prod(self.shape[1:]))
         scale = self.scale
         if scale is not None and scale.numel > 1:
             scale = scale.rows(first, count)
@@ -119,7 +146,7 @@ def _looks_like(head: bytes) -> str | None:
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return "a pickle, which may run any code when it is loaded; use a .safetensors version of it"
     if head[:4] == b"GGUF":
-        return "a GGUF file; use a .safetensors version (BF16, float8 or INT8)"
+        return "a GGUF file, which can only hold a whole model; use a .safetensors version"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself; fetch it with `git lfs pull` or `hf download`"
     if head.lstrip()[:1] == b"<":

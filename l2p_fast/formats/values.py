@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .header import Stored
+from .decode import codes_shape, decode, decodes_finite
+from .header import PACKED, Stored
 
 CHUNK = 8 << 20  # bytes read, cast or written at a time
 
@@ -23,7 +24,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+} | dict.fromkeys(PACKED, torch.uint8)  # fmt: skip
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -43,11 +44,14 @@ def read_chunks(stored: Stored, dtype: torch.dtype, into: torch.Tensor | None = 
     Raises:
         UserError: unreadable, or NaN or infinite values.
     """
-    rows = stored.shape[0] if stored.shape else 1
     whole = stored if stored.shape else dataclasses.replace(stored, shape=(1,))
+    if stored.dtype in PACKED and len(stored.shape) == 1:
+        whole = dataclasses.replace(stored, shape=(1, *stored.shape))
+    rows = whole.shape[0]
     step = max(1, CHUNK * rows // max(1, whole.nbytes))
     target = None if into is None else into.view(whole.shape)
     plain = stored.scale is None and not stored.rotation and DTYPES[stored.dtype] == dtype
+    plain &= stored.dtype not in PACKED
     try:
         with open(stored.file, "rb", buffering=0) as file:
             for first in range(0, rows, step):
@@ -76,6 +80,22 @@ def read_tensor(stored: Stored, dtype: torch.dtype, device: str | torch.device =
     return out
 
 
+def read_codes(stored: Stored, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A quantized weight as it is stored, and its scale in fp32, both on the CPU; `decode.decode` takes them.
+
+    Raises:
+        UserError: unreadable, or what they decode to is not finite in ``dtype``.
+    """
+    try:
+        with open(stored.file, "rb", buffering=0) as file:
+            codes, scale = _read(file, stored), _scale(file, stored)
+    except OSError as error:
+        raise UserError(f"can't read {stored.file}: {error.strerror or error}") from error
+    if not decodes_finite(codes, stored.dtype, scale, stored.rotation, dtype):
+        raise _not_finite(stored)
+    return codes, scale
+
+
 def default_dtype(tensors: Iterable[Stored]) -> torch.dtype:
     """One dtype for a model: the smallest float of 16 bits or more in its file; bfloat16 if it is quantized.
 
@@ -91,7 +111,8 @@ def fill(
     """Give ``model``, made on the meta device, the values of ``tensors`` (by its own keys), straight onto ``device``.
 
     Names and shapes must have been checked. A module that keeps its weight in a form of its own has
-    ``load_weight(chunks, device)``, which is given the rows in fp32; ``dtype`` is that of all other parameters (None:
+    ``load_weight(chunks, device)``, which is given the rows in fp32, or ``load_codes(codes, scale, device)``, which is
+    given them as they are stored; ``dtype`` is that of all other parameters (None:
     `default_dtype`). What is trained and what isn't stays so.
 
     Raises:
@@ -103,7 +124,9 @@ def fill(
     for key, where in tqdm(tensors.items(), desc="load", unit="tensor", leave=False, disable=not sys.stderr.isatty()):
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
-        if leaf == "weight" and hasattr(module, "load_weight"):
+        if leaf == "weight" and hasattr(module, "load_codes"):
+            module.load_codes(*read_codes(where, dtype), device)
+        elif leaf == "weight" and hasattr(module, "load_weight"):
             module.load_weight(read_chunks(where, torch.float32), device)
         elif leaf in module._buffers:
             setattr(module, leaf, read_tensor(where, dtype, device))
@@ -112,19 +135,10 @@ def fill(
             setattr(module, leaf, nn.Parameter(read_tensor(where, dtype, device), requires_grad=trained))
 
 
-def hadamard(size: int) -> torch.Tensor:
-    """The regular Hadamard matrix (size, size), symmetric and its own inverse; ``size`` a power of 4 (ConvRot)."""
-    seed = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32) / 2
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, seed)
-    return matrix
-
-
 def _read(file: Any, stored: Stored, out: torch.Tensor | None = None) -> torch.Tensor:
     """The bytes of ``stored`` as a tensor of its shape and dtype; into ``out`` (contiguous, on the CPU) if given."""
     if out is None:
-        out = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        out = torch.empty(codes_shape(stored), dtype=DTYPES[stored.dtype])
     if stored.numel:
         file.seek(stored.offset)
         view = memoryview(out.view(-1).view(torch.uint8).numpy())
@@ -134,18 +148,17 @@ def _read(file: Any, stored: Stored, out: torch.Tensor | None = None) -> torch.T
 
 
 def _dequantized(file: Any, stored: Stored) -> torch.Tensor:
-    values = _read(file, stored)
-    if stored.scale is not None:
-        if stored.scale.file == stored.file:
-            scale = _read(file, stored.scale).float()
-        else:  # another shard
-            with open(stored.scale.file, "rb", buffering=0) as other:
-                scale = _read(other, stored.scale).float()
-        values = values.float() * (scale.view(-1, *[1] * (values.dim() - 1)) if scale.numel() > 1 else scale.view(()))
-    if stored.rotation:
-        groups = values.float().unflatten(-1, (-1, stored.rotation))
-        values = (groups @ hadamard(stored.rotation)).flatten(-2)
-    return values
+    return decode(_read(file, stored), stored.dtype, _scale(file, stored), stored.rotation).view(stored.shape)
+
+
+def _scale(file: Any, stored: Stored) -> torch.Tensor | None:
+    """fp32."""
+    if stored.scale is None:
+        return None
+    if stored.scale.file == stored.file:
+        return _read(file, stored.scale).float()
+    with open(stored.scale.file, "rb", buffering=0) as other:  # another shard
+        return _read(other, stored.scale).float()
 
 
 def _check_finite(stored: Stored, out: torch.Tensor, source: torch.Tensor) -> None:
@@ -153,7 +166,11 @@ def _check_finite(stored: Stored, out: torch.Tensor, source: torch.Tensor) -> No
         return
     if out.dtype == torch.float16 and source.float().isfinite().all():
         raise UserError(f"{stored.file}: {stored.name} has values beyond float16's range; use bfloat16")
-    raise UserError(
+    raise _not_finite(stored)
+
+
+def _not_finite(stored: Stored) -> UserError:
+    return UserError(
         f"{stored.file}: {stored.name} holds NaN or infinite values: the file is damaged or its training diverged; "
         "get it again, or take an earlier training step"
     )

@@ -16,11 +16,12 @@ import torch
 from ..errors import UserError
 from ..files import atomic_path
 from .checkpoint import METADATA_KEY, Checkpoint
+from .header import PACKED
 from .names import LAYOUTS, to_layout
 from .sources import NOT_IN_SHAPES
 from .values import DTYPES, is_finite
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name not in PACKED}
 
 
 @dataclasses.dataclass(frozen=True)

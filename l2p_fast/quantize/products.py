@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops import Linear, product_dtype
+from .coded import CodedLinear
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}  # nf4: two values a byte
 MULTIPLE = 16  # of K and N, that the 8-bit matrix products ask for
+FEW = 17  # rows, that 8-bit products ask for on a GPU; a short prompt has fewer
 BLOCK = 64  # values that share a scale in 4 bits
 ROWS = 256  # rounded or decoded at a time, so that no weight is whole in fp32
 
@@ -95,7 +97,7 @@ def _adds_exactly() -> bool:
 
 def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x (..., K) times a weight that `encode` rounded: (..., N) in ``x``'s dtype, no gradients."""
-    if weight.dtype == torch.uint8:
+    if weight.dtype == torch.uint8 or x.shape[:-1].numel() < FEW:
         wide = product_dtype(x.dtype, x.device)
         return F.linear(x.to(wide), decode(weight, scale, wide)).to(x.dtype)
     if weight.dtype == torch.int8 and x.device.type == "cpu" and not _adds_exactly():
@@ -109,10 +111,8 @@ def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return out.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
-class LowBitLinear(nn.Linear):
-    """A bias-free linear layer that holds ``weight`` and ``weight_scale`` as `encode` makes them, as buffers.
-
-    PEFT takes it for a linear layer, so adapters can be put over it.
+class LowBitLinear(CodedLinear):
+    """A bias-free linear layer that holds ``weight`` and ``weight_scale`` as `encode` makes them.
 
     Args:
         shape: (N, K).
@@ -154,15 +154,6 @@ class LowBitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return lowbit_linear(x, self.weight, self.weight_scale)
 
-    def _apply(self, fn, recurse: bool = True):
-        """Moved with the model, but never cast with it."""
-
-        def move(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == x.dtype else x.to(moved.device)
-
-        return super()._apply(move, recurse)
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
 
@@ -188,13 +179,14 @@ def is_quantized(layer: nn.Module, name: str) -> bool:
     return inputs % BLOCK == 0 if name == "nf4" else outputs % MULTIPLE == inputs % MULTIPLE == 0
 
 
-def quantize_block(block: nn.Module, name: str) -> None:
+def quantize_block(block: nn.Module, name: str, skip: tuple[str, ...] = ()) -> None:
     """Put a block's linear layers into fewer bits, in place; those with a bias (they are for the timestep) stay.
 
-    Layers on the meta device are replaced by empty ones, to be filled by `LowBitLinear.load_weight`.
+    Layers on the meta device are replaced by empty ones, to be filled by `LowBitLinear.load_weight`. ``skip``: last
+    parts of names that are left out.
     """
     for path, layer in list(block.named_modules()):
-        if not is_quantized(layer, name):
+        if not is_quantized(layer, name) or path.rpartition(".")[2] in skip:
             continue
         weight = layer.weight.detach()
         rounded = LowBitLinear(tuple(weight.shape), DTYPES[name], weight.device)
@@ -229,7 +221,7 @@ def weight_error(model: nn.Module) -> float | None:
 
 
 @torch.no_grad()
-def _probe(model: nn.Module) -> Tensor:
+def probe(model: nn.Module) -> Tensor:
     """The prediction for fixed noise, halfway, on 8 x 8 tokens."""
     generator = torch.Generator().manual_seed(0)
     side = 8 * model.size_multiple
@@ -254,6 +246,6 @@ def quantize(model: nn.Module, name: str) -> float:
         UserError: as `check`.
     """
     check(name, model.device)
-    before = _probe(model)
+    before = probe(model)
     quantize_blocks(model, name)
-    return float((_probe(model) - before).norm() / before.norm())
+    return float((probe(model) - before).norm() / before.norm())

@@ -14,17 +14,18 @@ import torch
 
 from ..formats.checkpoint import Checkpoint
 from ..formats.text_encoder import open_encoder
-from ..loading import build_empty
+from ..loading import build_empty, put_in_bits
 from ..models.blocks import SEQUENCE_MULTIPLE
 from ..models.pixel import PixelModel
 from ..models.text import MAX_TOKENS
 from ..ops import product_dtype
-from ..quantize import LowBitLinear, products
+from ..quantize import CodedLinear, products, stored
 from .denoise import one_by_one
 from .facts import ModelFacts
 from .request import Request, Setup
 from .session import pick_device, pick_dtype
 
+DECODING = 12  # bytes a value that unpacking holds at once: fp32, its product and codes
 HIDDEN = 8 / 3  # width of a feed-forward's inside, of the model's
 
 
@@ -82,13 +83,15 @@ def block_bytes(model: PixelModel, tokens: int, dtype: torch.dtype, device: torc
     kept, wide = dtype.itemsize, product_dtype(dtype, device).itemsize
     layers = [m for _, block in model.blocks() for m in block.modules() if isinstance(m, torch.nn.Linear)]
     largest = max(layer.in_features * layer.out_features for layer in layers)
-    rounded = next((layer for layer in layers if isinstance(layer, LowBitLinear)), None)
+    rounded = next((layer for layer in layers if isinstance(layer, CodedLinear)), None)
     copied, decoded = (1 + HIDDEN) * wide, largest * wide  # of the input and the output, and of the weight
     if wide == kept:
         copied = 0.0
         if rounded is None:
             decoded = 0
-    if rounded is not None and rounded.weight.dtype != torch.uint8:  # the input twice in fp32 while it is rounded
+    if isinstance(rounded, stored.StoredLinear):
+        decoded = largest * (kept if wide == kept else kept + wide) + DECODING * min(stored.PIECE, largest)
+    elif rounded is not None and rounded.weight.dtype != torch.uint8:  # the input twice in fp32 while it is rounded
         copied, decoded = (
             max(9.0, copied),
             decoded if device.type == "cpu" and rounded.weight.dtype == torch.int8 else 0,
@@ -107,9 +110,10 @@ def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
     checkpoint = Checkpoint(facts.path / "transformer" if facts.is_pipeline else facts.path)
     model = build_empty(checkpoint.l2p_config(), checkpoint.layout.source.name)
     dtype = pick_dtype(setup.dtype, device)[0] or checkpoint.default_dtype
-    if setup.quantize != "none":
-        products.check(setup.quantize, device)
-        products.quantize_blocks(model, setup.quantize)
+    quantize = "stored" if setup.quantize == "none" else setup.quantize
+    if quantize != "stored":
+        products.check(quantize, device)
+    put_in_bits(model, checkpoint, quantize)
     if setup.head_memory_mb is not None:
         model.head.memory_mb = setup.head_memory_mb
     size = request.height, request.width
@@ -119,10 +123,11 @@ def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
     encoder, words = 0, ""
     source = facts.path if setup.text_encoder is None else setup.text_encoder
     if os.path.isdir(source):
-        encoder = sum(stored.numel for stored in open_encoder(source).tensors.values()) * dtype.itemsize
+        encoder = sum(where.numel for where in open_encoder(source).tensors.values()) * dtype.itemsize
     else:
         words = f", without the text encoder, as {source} is not here"
-    kind = str(dtype).removeprefix("torch.") + (f", blocks in {setup.quantize}" if setup.quantize != "none" else "")
+    kind, kept = str(dtype).removeprefix("torch."), ", ".join(stored.kinds(model))
+    kind += f", blocks stored in {kept}" if kept else f", blocks in {quantize}" if quantize != "stored" else ""
     lines = [f"model      {facts.name}, {kind}; {size[1]}x{size[0]} on {device}"]
     parts = {"weights": memory.weights, "text encoder": encoder, "head's packed": memory.packed,
              "images": memory.images, "working": memory.working, "total": memory.total + encoder}  # fmt: skip

@@ -588,7 +588,8 @@ def load_pipeline(
             Tongyi-MAI/Z-Image-Turbo; needed unless ``model`` is a pipeline folder.
         torch_dtype: of transformer and text encoder; None: as the transformer is stored (`Checkpoint.default_dtype`).
         device: where they go.
-        quantize: None, "fp8", "int8" or "nf4": the transformer's blocks in 8 or 4 bits.
+        quantize: "fp8", "int8" or "nf4": the blocks of transformer and text encoder in 8 or 4 bits; "stored": as the
+            files have them. None: in full.
 
     Raises:
         UserError: a file that can't be used, or no text encoder.
@@ -602,7 +603,7 @@ def load_pipeline(
         os.path.join(model, "transformer") if is_pipeline else model, torch_dtype, device, quantize=quantize
     )
     folder, source = model if text_encoder is None else text_encoder, transformer.source
-    loaded = load_text_encoders(folder, source, transformer.dtype, device)
+    loaded = load_text_encoders(folder, source, transformer.dtype, device, quantize)
     (encoder, tokenizer), more = loaded[0], [part for pair in loaded[1:] for part in pair]
     scheduler = make_scheduler(stored.shift)
     return L2PPipeline(

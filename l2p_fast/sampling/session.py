@@ -24,7 +24,7 @@ from ..errors import FieldError
 from ..formats.lora import files_of
 from ..loading import load_loras
 from ..models import attention
-from ..quantize import products
+from ..quantize import CodedLinear, products, stored
 from ..variants import OF_PATCH
 from .drawing import Drawing, read_image
 from .facts import check_lora, check_text_encoder, find_model
@@ -100,17 +100,19 @@ class Session:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         at_once = device if setup.offload == "none" else torch.device("cpu")
-        quantize = None if setup.quantize == "none" else setup.quantize
-        if quantize:
+        quantize = "stored" if setup.quantize == "none" else setup.quantize
+        if quantize != "stored":
             products.check(quantize, device)  # before it is loaded, and where offloading will run it
         pipe = load_pipeline(facts.path, setup.text_encoder, dtype, at_once, quantize)
         if setup.head_memory_mb is not None:
             pipe.transformer.head.memory_mb = setup.head_memory_mb
-        if quantize:
+        if kinds := stored.kinds(pipe.transformer):
+            why += f", blocks stored in {', '.join(kinds)}"
+        elif quantize != "stored":
             why += f", blocks in {quantize} (weights {products.weight_error(pipe.transformer):.1%} off)"
         count = sum(p.numel() for p in pipe.transformer.parameters())
-        rounded = (m for m in pipe.transformer.modules() if isinstance(m, products.LowBitLinear))
-        count += sum(layer.in_features * layer.out_features for layer in rounded)
+        coded = (m for m in pipe.transformer.modules() if isinstance(m, CodedLinear))
+        count += sum(layer.in_features * layer.out_features for layer in coded)
         counts = load_loras(pipe.transformer, [(lora.file, lora.scale) for lora in setup.lora]) if setup.lora else []
         if setup.compile:
             pipe.transformer.compile_repeated_blocks()
