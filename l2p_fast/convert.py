@@ -1,7 +1,7 @@
 """``python -m l2p_fast.convert init | merge | export | export-lora``: make checkpoints out of checkpoints.
 
 Everything is checked by names and shapes before the first byte is written, then streamed tensor by tensor: memory stays
-small whatever the model's size. Torch is loaded only for the writing. Left out: quantizing.
+small whatever the model's size. Torch is loaded only for the writing.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import Parser, UserError, few, run_cli
+from .errors import FieldError, Parser, UserError, few, run_cli
 from .formats.checkpoint import Checkpoint
+from .formats.initial import initial
 from .formats.names import LAYOUTS
+from .formats.quantized import EXPORTS
+from .sampling.facts import check_text_encoder, find_model
 from .training.merging import LORA_LAYOUTS, lora_pieces, merged_pieces, open_trained
 from .variants import OF_PATCH, VARIANTS
 
@@ -44,17 +47,19 @@ def _parameters(shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str]) -> i
     return sum(math.prod(shapes[key]) for key in keys)
 
 
-def _prepare_out(out: str, overwrite: bool, *sources: Checkpoint) -> Path:
+def _prepare_out(
+    out: str, overwrite: bool, *sources: Checkpoint, suffix: str = ".safetensors", option: str = "--out"
+) -> Path:
     path = Path(out)
-    if path.suffix != ".safetensors":
-        raise UserError(f"--out must end in .safetensors, got {out}; try {path.with_suffix('.safetensors')}")
+    if path.suffix != suffix:
+        raise UserError(f"{option} must end in {suffix}, got {out}; try {path.with_suffix(suffix)}")
     if path.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file name in it")
+        raise UserError(f"{option} {out} is a folder; give a file name in it")
     read = {where.file.resolve() for source in sources for where in source.tensors.values()}
     if path.resolve() in read:
-        raise UserError(f"--out {out} is one of the files read; give another name")
+        raise UserError(f"{option} {out} is one of the files read; give another name")
     if path.exists() and not overwrite:
-        raise UserError(f"--out {out} exists; give another name, or --overwrite")
+        raise UserError(f"{option} {out} exists; give another name, or --overwrite")
     return path
 
 
@@ -75,31 +80,14 @@ def _write(args: argparse.Namespace, path: Path, pieces: Mapping[str, Piece], co
 
 def init(args: argparse.Namespace) -> None:
     """Pixel initialization: copy what matches by name and shape, draw the patch embedding and the head."""
-    source = Checkpoint(args.source)
-    source.demand("latent", "l2p")
-    found = source.model_config()
     patch = args.patch_size or VARIANTS[args.res].patch_size
-    width = found.get("head_width", 1.0) if args.head_width is None else args.head_width
-    wanted, shapes = source.layout.shapes(source.layout.in_pixels(found, patch, width)), source.shapes
-    copied = [key for key in wanted if shapes.get(key) == wanted[key]]
-    new = [key for key in wanted if key not in set(copied)]
-    skipped = [key for key in shapes if shapes[key] != wanted.get(key)]
-    lost = [key for key in new if not key.startswith(source.layout.pixel_parts)]
-    if lost:
-        raise UserError(f"{source.path} lacks {len(lost)} tensors of the body ({few(lost)}); the file is incomplete")
+    made = initial(Checkpoint(args.source), patch, args.head_width)
+    source, wanted = made.source, made.wanted
     path = _prepare_out(args.out, args.overwrite, source)
-    from .formats.write import Piece
-
-    dtype = _dtype(args.dtype)
-    pieces = {key: Piece.of_checkpoint(source, key, dtype) for key in copied}
-    for key in new:
-        weight = key.removesuffix("bias") + "weight" if key.endswith(".bias") else key
-        fan_in = math.prod(wanted[weight][1:])
-        pieces[key] = Piece.of_init(key, wanted[key], fan_in, args.seed, dtype or source.default_dtype)
-    _write(args, path, pieces, source.config)
+    _write(args, path, made.pieces(args.seed, _dtype(args.dtype)), source.config)
     print(f"init: patch {patch} pixel model from {source.path}, seed {args.seed}")
-    for word, keys, sizes in (("copied", copied, wanted), ("new", new, wanted), ("skipped", skipped, shapes)):
-        print(_line(word, keys, sizes))
+    for word, sizes in (("copied", wanted), ("new", wanted), ("skipped", source.shapes)):
+        print(_line(word, getattr(made, word), sizes))
     print(f"  total {_parameters(wanted, wanted):,} parameters")
 
 
@@ -132,20 +120,39 @@ def export_lora(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """The same weights in another layout; quantized ones are dequantized."""
-    if args.prefix and args.layout != "comfyui":
+    """The same weights in another layout, or in fewer bits; quantized ones are dequantized."""
+    layout = args.layout or ("comfyui" if args.quantize else "published")
+    if args.prefix and layout != "comfyui":
         raise UserError("--prefix goes with --layout comfyui; the published layout has none")
+    if args.quantize and layout != "comfyui":
+        raise UserError(f"--quantize {args.quantize} is written in --layout comfyui; leave --layout out")
+    if args.sheet is None and (args.prompt or args.text_encoder or args.res):
+        raise UserError("--prompt, --text-encoder and --res go with --sheet FILE")
+    if args.sheet and not (args.quantize and args.prompt):
+        raise UserError("--sheet compares what --quantize changes, for each --prompt; give both")
     if not re.fullmatch(r"([A-Za-z0-9_]+\.)*", args.prefix):
         raise UserError(f"--prefix must be names that each end in a dot (model.diffusion_model.), got {args.prefix}")
     source = Checkpoint(args.source)
     wanted = source.layout.shapes(source.l2p_config())
-    if args.layout != "published" and not source.layout.other_names:
-        raise UserError(f"{source.path}: {source.layout.source.title} has no {args.layout} layout; leave --layout out")
-    path = _prepare_out(args.out, args.overwrite, source)
+    if layout != "published" and not source.layout.other_names:
+        what = f"--quantize {args.quantize}" if args.quantize else "--layout"
+        raise UserError(f"{source.path}: {source.layout.source.title} has no {layout} layout; leave {what} out")
+    path = _prepare_out(args.out, args.overwrite, source, suffix=EXPORTS.get(args.quantize, ".safetensors"))
+    if args.sheet:
+        _prepare_out(args.sheet, args.overwrite, source, suffix=".png", option="--sheet")
+        check_text_encoder(args.text_encoder, find_model(args.source))
     from .formats.write import Piece
 
-    dtype = _dtype(args.dtype)
+    dtype = _dtype("bfloat16" if args.quantize and args.dtype == "keep" else args.dtype)
     pieces = {key: Piece.of_checkpoint(source, key, dtype) for key in wanted}
+    if args.quantize:
+        from .sampling.rounding import compare, write_rounded
+
+        print(write_rounded(source, pieces, path, args.quantize, args.prefix))
+        for line in compare(source, path, args.sheet, args.prompt, args.text_encoder, args.res):
+            print(line)
+        return
+    args.layout = layout
     _write(args, path, pieces, source.config)
     quantized = sum(where.quantized for where in source.tensors.values())
     print(f"export: {source.path}")
@@ -163,12 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     common = Parser(add_help=False)
     common.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write, atomically")
-    common.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="keep",
-        help="cast every tensor to this; keep: each tensor's own, bfloat16 for quantized ones (default)",
-    )
+    words = "cast every tensor to this; keep: each tensor's own, bfloat16 for quantized ones (default)"
+    common.add_argument("--dtype", choices=DTYPES, default="keep", help=words)
     common.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
     sub = commands.add_parser(
@@ -184,12 +187,8 @@ def build_parser() -> argparse.ArgumentParser:
     size.add_argument("--res", choices=VARIANTS, help="what the model is for; patch 16, 64, 128 or 160")
     size.add_argument("--patch-size", type=int, choices=sorted(OF_PATCH), help="the same, named by the patch")
     sub.add_argument("--seed", type=int, default=0, help="of the new tensors (default: 0)")
-    sub.add_argument(
-        "--head-width",
-        type=float,
-        metavar="X",
-        help="multiplier of the head's channels (default: the source's, else 1)",
-    )
+    words = "multiplier of the head's channels (default: the source's, else 1)"
+    sub.add_argument("--head-width", type=float, metavar="X", help=words)
     sub.set_defaults(run=init)
 
     sub = commands.add_parser(
@@ -208,16 +207,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser(
         "export",
         parents=[common],
-        help="any L2P checkpoint -> the published layout or ComfyUI's",
-        description="Write the same weights in another layout, bit for bit (quantized ones dequantized).",
+        help="any L2P checkpoint -> the published layout or ComfyUI's, or fewer bits",
+        description="Write the same weights in another layout, bit for bit (quantized ones dequantized), or with "
+        "--quantize the blocks' weights in fewer bits under ComfyUI's names, the rest in bfloat16; that says how far "
+        "one prediction is off then.",
     )
     sub.add_argument("source", help="an L2P checkpoint: file or folder, any layout")
-    sub.add_argument("--layout", choices=LAYOUTS, default="published", help="comfyui: fused qkv, short names")
-    sub.add_argument(
-        "--prefix",
-        default="",
-        help="before every name of the comfyui layout, such as model.diffusion_model. (default: none)",
-    )
+    sub.add_argument("--layout", choices=LAYOUTS, help="comfyui: fused qkv, short names (default: published)")
+    words = "before every name of the comfyui layout, such as model.diffusion_model. (default: none)"
+    sub.add_argument("--prefix", default="", help=words)
+    sub.add_argument("--quantize", choices=EXPORTS, help="q8_0, q4_k: a .gguf file; the others: .safetensors")
+    sub.add_argument("--sheet", metavar="PNG", help="draw each --prompt before and after, side by side")
+    sub.add_argument("--prompt", action="append", help="of the sheet; may be given several times")
+    sub.add_argument("--text-encoder", help="of the sheet, where SOURCE is no pipeline folder; see sample")
+    sub.add_argument("--res", type=int, help="height and width of the sheet's images (default: the model's own)")
     sub.set_defaults(run=export)
 
     words = "a LoRA -> ComfyUI's names, ai-toolkit's or diffusers'"
@@ -235,7 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if getattr(args, "head_width", None) is not None and not 0 < args.head_width < 16:
         raise UserError(f"--head-width must lie between 0 and 16, got {args.head_width}; the published head is 1.0")
-    args.run(args)
+    try:
+        args.run(args)
+    except FieldError as error:
+        raise UserError(error.worded(lambda name: "--" + name.replace("_", "-"))) from error
     return 0
 
 

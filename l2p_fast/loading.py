@@ -55,8 +55,8 @@ def load_model(
         dtype: of every parameter; None: `Checkpoint.default_dtype`.
         device: where the parameters are put as they are read.
         quantize: "fp8", "int8" or "nf4" puts the blocks' linear layers into 8 or 4 bits as they are read, so that they
-            are nowhere whole in ``dtype``; `quantize.weight_error` then tells their relative error. "stored" leaves what
-            the file has quantized as it is, which changes no value. None: nothing is in fewer bits.
+            are nowhere whole in ``dtype``; `quantize.weight_error` then tells their relative error. "stored" leaves
+            what the file has quantized as it is, which changes no value. None: nothing is in fewer bits.
         overrides: constructor arguments.
 
     Raises:
@@ -270,7 +270,8 @@ def _load_encoder(
     if quantize == "stored":
         stored.keep_stored(encoder, tensors, skip=_IN_FULL)
     elif quantize is not None:
-        products.quantize_block(encoder, quantize, skip=_IN_FULL)
+        # The activations of language models have outliers, which 8 bits would drown.
+        products.quantize_block(encoder, quantize, skip=_IN_FULL, rounds_inputs=False)
     fill(encoder, tensors, dtype or default_dtype(files.tensors.values()), device)
     _make_tables(encoder, config, device)
     limit = files.config.get("max_position_embeddings", 0)

@@ -24,6 +24,8 @@ HARMLESS = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape", 
 ROTATION, GROUP = "convrot", "convrot_groupsize"
 GROUPS = (4, 16, 64, 256, 1024, 4096)  # a power of 4, as the regular Hadamard matrix needs
 NOTE_LIMIT = 1 << 16  # bytes
+# What can be written: the format's name -> how a file of it ends. `quantize.export` makes them.
+EXPORTS = {"int8-convrot": ".safetensors", "fp8": ".safetensors", "q8_0": ".gguf", "q4_k": ".gguf"}
 
 
 def attach_scales(stored: dict[str, Stored], metadata: dict[str, str], path: Path) -> dict[str, Stored]:

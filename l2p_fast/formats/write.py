@@ -16,7 +16,7 @@ import torch
 from ..errors import UserError
 from ..files import atomic_path
 from .checkpoint import METADATA_KEY, Checkpoint
-from .header import PACKED
+from .header import PACKED, bytes_of
 from .names import LAYOUTS, to_layout
 from .sources import NOT_IN_SHAPES
 from .values import DTYPES, is_finite
@@ -26,11 +26,19 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name not in PACK
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A tensor to be written: its shape, its dtype, and its rows as CPU tensors of that dtype, made when asked for."""
+    """A tensor to be written: its shape, its dtype, and its rows as CPU tensors of that dtype, made when asked for.
+
+    ``packing`` is one of `PACKED` where the rows are its bytes; the shape counts values all the same.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: Callable[[torch.dtype], Iterator[torch.Tensor]]
+    packing: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return bytes_of(self.packing or DTYPE_NAMES[self.dtype], math.prod(self.shape))
 
     @staticmethod
     def of_checkpoint(checkpoint: Checkpoint, key: str, dtype: torch.dtype | None = None) -> Piece:
@@ -86,28 +94,48 @@ def write_pieces(
     Raises:
         UserError: an unknown layout, ``path`` can't be written, or a tensor holds NaN or Inf (nothing is left then).
     """
-    from tqdm import tqdm
-
     if layout not in LAYOUTS:
         raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
     named: dict[str, Piece] = {}
     for name, keys in to_layout(pieces, layout, prefix).items():
         named[name] = pieces[keys[0]] if len(keys) == 1 else Piece.fused([pieces[key] for key in keys])
+    return write_named(named, path, kept_in_metadata(config))
+
+
+def kept_in_metadata(config: Mapping[str, Any] | None) -> dict[str, str]:
+    """Metadata of a file whose model has ``config``: what shapes don't tell."""
+    kept = {key: value for key, value in (config or {}).items() if key in NOT_IN_SHAPES and value is not None}
+    return {METADATA_KEY: json.dumps(kept, sort_keys=True)} if kept else {}
+
+
+def bytes_of_chunk(name: str, chunk: torch.Tensor) -> memoryview:
+    """The bytes of a piece's rows.
+
+    Raises:
+        UserError: they hold NaN or infinite values.
+    """
+    if not is_finite(chunk):
+        beyond = ", or values beyond float16's range" if chunk.dtype == torch.float16 else ""
+        raise UserError(f"{name} holds NaN or infinite values{beyond}; nothing was written")
+    return memoryview(chunk.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def write_named(named: Mapping[str, Piece], path: str | Path, metadata: Mapping[str, str]) -> int:
+    """As `write_pieces`, of pieces by the file's own names."""
+    from tqdm import tqdm
+
     # The order of the safetensors library: wide dtypes first, so that every tensor is aligned, then by name.
     order = sorted(named, key=lambda name: (-named[name].dtype.itemsize, name))
-    kept = {key: value for key, value in (config or {}).items() if key in NOT_IN_SHAPES and value is not None}
-    metadata = {"format": "pt"} | ({METADATA_KEY: json.dumps(kept, sort_keys=True)} if kept else {})
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in order:
         piece = named[name]
-        size = math.prod(piece.shape) * piece.dtype.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[piece.dtype],
             "shape": list(piece.shape),
-            "data_offsets": [end, end + size],
+            "data_offsets": [end, end + piece.nbytes],
         }
-        end += size
+        end += piece.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -117,10 +145,7 @@ def write_pieces(
         ) as bar:
             for name in order:
                 for chunk in named[name].chunks(named[name].dtype):
-                    if not is_finite(chunk):
-                        beyond = ", or values beyond float16's range" if chunk.dtype == torch.float16 else ""
-                        raise UserError(f"{name} holds NaN or infinite values{beyond}; nothing was written")
-                    bar.update(file.write(memoryview(chunk.contiguous().view(-1).view(torch.uint8).numpy())))
+                    bar.update(file.write(bytes_of_chunk(name, chunk)))
         if file.tell() != 8 + len(text) + end:
             raise UserError(f"{path}: {file.tell():,} bytes written instead of {8 + len(text) + end:,}")
     return 8 + len(text) + end

@@ -25,7 +25,6 @@ from .coded import CodedLinear
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}  # nf4: two values a byte
 MULTIPLE = 16  # of K and N, that the 8-bit matrix products ask for
-FEW = 17  # rows, that 8-bit products ask for on a GPU; a short prompt has fewer
 BLOCK = 64  # values that share a scale in 4 bits
 ROWS = 256  # rounded or decoded at a time, so that no weight is whole in fp32
 
@@ -95,9 +94,12 @@ def _adds_exactly() -> bool:
     return bool(torch._int_mm(values, values.t()).eq(32 * 127 * 127).all())
 
 
-def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) times a weight that `encode` rounded: (..., N) in ``x``'s dtype, no gradients."""
-    if weight.dtype == torch.uint8 or x.shape[:-1].numel() < FEW:
+def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor, rounds_inputs: bool = True) -> Tensor:
+    """x (..., K) times a weight that `encode` rounded: (..., N) in ``x``'s dtype, no gradients.
+
+    Without ``rounds_inputs`` a weight of 8 bits is decoded for the product, as one of 4 always is.
+    """
+    if weight.dtype == torch.uint8 or not rounds_inputs:
         wide = product_dtype(x.dtype, x.device)
         return F.linear(x.to(wide), decode(weight, scale, wide)).to(x.dtype)
     if weight.dtype == torch.int8 and x.device.type == "cpu" and not _adds_exactly():
@@ -118,10 +120,18 @@ class LowBitLinear(CodedLinear):
         shape: (N, K).
         dtype: of `DTYPES`.
         device: where the buffers are made; their values come with `load_weight`.
+        rounds_inputs: see `lowbit_linear`.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        rounds_inputs: bool = True,
+    ):
         nn.Module.__init__(self)
+        self.rounds_inputs = rounds_inputs
         self.out_features, self.in_features = outputs, inputs = shape
         packed = dtype == torch.uint8
         self.register_parameter("bias", None)
@@ -152,7 +162,7 @@ class LowBitLinear(CodedLinear):
         return decode(self.weight, self.weight_scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lowbit_linear(x, self.weight, self.weight_scale)
+        return lowbit_linear(x, self.weight, self.weight_scale, self.rounds_inputs)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
@@ -179,17 +189,17 @@ def is_quantized(layer: nn.Module, name: str) -> bool:
     return inputs % BLOCK == 0 if name == "nf4" else outputs % MULTIPLE == inputs % MULTIPLE == 0
 
 
-def quantize_block(block: nn.Module, name: str, skip: tuple[str, ...] = ()) -> None:
+def quantize_block(block: nn.Module, name: str, skip: tuple[str, ...] = (), rounds_inputs: bool = True) -> None:
     """Put a block's linear layers into fewer bits, in place; those with a bias (they are for the timestep) stay.
 
     Layers on the meta device are replaced by empty ones, to be filled by `LowBitLinear.load_weight`. ``skip``: last
-    parts of names that are left out.
+    parts of names that are left out. ``rounds_inputs``: see `lowbit_linear`.
     """
     for path, layer in list(block.named_modules()):
         if not is_quantized(layer, name) or path.rpartition(".")[2] in skip:
             continue
         weight = layer.weight.detach()
-        rounded = LowBitLinear(tuple(weight.shape), DTYPES[name], weight.device)
+        rounded = LowBitLinear(tuple(weight.shape), DTYPES[name], weight.device, rounds_inputs)
         if not weight.is_meta:
             rounded.load_weight([weight], weight.device)
         block.set_submodule(path, rounded)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -123,7 +124,7 @@ def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
     encoder, words = 0, ""
     source = facts.path if setup.text_encoder is None else setup.text_encoder
     if os.path.isdir(source):
-        encoder = sum(where.numel for where in open_encoder(source).tensors.values()) * dtype.itemsize
+        encoder = sum(where.numel for where in open_encoder(Path(source)).tensors.values()) * dtype.itemsize
     else:
         words = f", without the text encoder, as {source} is not here"
     kind, kept = str(dtype).removeprefix("torch."), ", ".join(stored.kinds(model))

@@ -256,8 +256,8 @@ class Setup(_Fields):
         dtype: bfloat16, float32, float16 (or bf16, fp32, fp16), or auto: the checkpoint's own, where that is fast.
         device: cpu, cuda, cuda:N, mps, xpu, or auto: a GPU if there is one.
         attention: a backend of `models.attention.BACKENDS`, or auto: the fastest of those installed.
-        quantize: none, which leaves what a file has quantized as it is stored; fp8 or int8 (or 8bit): weights and
-            products of the blocks and the text encoder in 8 bits; nf4 (or 4bit): their weights in 4 bits.
+        quantize: none, which leaves what a file has quantized as it is stored; fp8 or int8 (or 8bit): the
+            blocks' weights and products and the text encoder's weights in 8 bits; nf4 (or 4bit): weights in 4 bits.
         compile: torch.compile the blocks.
         offload: none, model or sequential: keep in host memory what is not at work.
         head_memory_mb: working memory of the Detailer Head.
