@@ -11,20 +11,34 @@ import argparse
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import FieldError, Parser, UserError, run_cli
 from .models.attention import DOWNLOADS
-from .sampling.drawing import FORMATS, LARGEST_SIDE, read_image, read_settings
-from .sampling.facts import BUNDLED, ModelFacts, check_lora, check_memory, check_text_encoder, find_model
+from .sampling.drawing import FORMATS, LARGEST_SIDE, read_image, read_mask, read_settings
+from .sampling.facts import (
+    BUNDLED,
+    LARGE,
+    ModelFacts,
+    check_lora,
+    check_memory,
+    check_text_encoder,
+    find_draft,
+    find_model,
+)
 from .sampling.jobs import Job, is_finished, plan_jobs, read_prompts
-from .sampling.request import Lora, Request, Setup, check_number, check_size, choose
+from .sampling.request import Lora, Request, Setup, check_number, choose, drawn_size
 from .startup import all_stays, hide_unused
 
 if TYPE_CHECKING:
     from .sampling.session import Session
+
+
+NAMED = ("model", "draft", "text_encoder", "image", "mask")  # settings that name files
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +60,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of the first image (default: a random one, printed and kept in the image)")
     add("--prompts-file", help="one prompt a line; finished images are skipped, so an interrupted run goes on")
     add("--image", help="start from this image")
-    add("--strength", type=float, help="how much of --image to replace, above 0 and at most 1 (default: 0.6)")
+    add("--strength", type=float, help="how much of --image to replace, above 0 and at most 1 (default: 0.6, or 1)")
+    add("--mask", help="draw only where this image of --image's size is white; gray: less strongly")
+    add("--outpaint", metavar="L,T,R,B", help="add pixels to --image: left, top, right, bottom")
+    add(
+        "--mask-blend",
+        type=int,
+        metavar="PX",
+        help="how far the seam reaches into what is drawn (half a patch)",
+    )
+    add("--refine", type=float, metavar="STRENGTH", help="bring --image, or what --draft draws, to the model's size")
+    add("--draft", help="the model that draws the small image of --refine (default: tiny-1k for a bundled model)")
     add("--coarse-size", type=int, help="tokens a side of the coarse start; 0: none (default: the model's)")
     add("--coarse-strength", type=float, help="noise level at which full size takes over (default: the model's)")
     add("--dtype", help="bf16, fp32, fp16 or auto: the checkpoint's own (default)")
@@ -82,13 +106,15 @@ def recall(given: dict[str, Any], path: str, trust: bool) -> dict[str, Any]:
         print(
             f"note: made by l2p_fast {stored.get('version')}, this is {__version__}; pixels may differ", file=sys.stderr
         )
-    if given.keys() & {"height", "width", "image"}:
+    if given.keys() & {"height", "width", "image", "outpaint"}:
         stored = {k: v for k, v in stored.items() if k not in ("height", "width", "image_sha256")}
+    if "mask" in given:
+        stored.pop("mask_sha256", None)
     stored = {k: v for k, v in stored.items() if k in names and v is not None and k not in given}
     if stored.get("device", "auto").split(":")[0] not in ("auto", "cpu"):
         stored["device"] = "auto"  # that machine's; pixels may differ on another device
         print("note: pixels may differ from one device to another", file=sys.stderr)
-    named = {k: [stored[k]] for k in ("model", "text_encoder", "image") if k in stored and stored[k] not in BUNDLED}
+    named = {k: [stored[k]] for k in NAMED if k in stored and stored[k] not in BUNDLED}
     if stored.get("lora"):
         named["lora"] = list(map(str, map(Lora.of, stored["lora"])))
     if stored.get("attention") in DOWNLOADS:
@@ -125,35 +151,35 @@ def settle(args: argparse.Namespace) -> tuple[Setup, Request, list[str], ModelFa
     request = Request.from_dict(given | {"prompt": prompts[0], "seed": seed})
     setup = Setup.from_dict(given)
 
-    height, width = request.height or request.width, request.width or request.height
-    longest = max(height, width) if height else None
-    if request.image is not None:
-        image = read_image("--image", request.image)
-        longest = longest or max(image.size)
-    model = find_model(setup.model, longest)
+    image = None if request.image is None else read_image("--image", request.image).size
+    if request.mask is not None:
+        read_mask("--mask", request.mask, image)
+    own = None if image is None else image[::-1]
+    try:
+        # nothing is known of the model yet: the bundled one is chosen by the size
+        longest = max(drawn_size(request, own, 1 if request.refine is None else LARGE, 1))
+        model = find_model(setup.model, longest)
+        height, width = drawn_size(request, own, model.native_size, model.size_multiple)
+    except FieldError as error:
+        sides = ("height", "width") if args.res is not None else ()
+        raise FieldError("res" if error.field in sides else error.field, error.problem) from None
     check_text_encoder(setup.text_encoder, model)
     for lora in setup.lora:
         check_lora(lora)
-    if height is None and request.image is None:
-        height = width = model.native_size
-    elif height is None:
-        unit = model.size_multiple or 64
-        width, height = (max(unit, round(side / unit) * unit) for side in image.size)
-    for field, side in (("height", height), ("width", width)):
-        try:
-            check_size(field, side, model.size_multiple)
-        except FieldError as error:
-            raise FieldError("res" if args.res is not None else field, error.problem) from None
+    drafted = request.refine is not None and image is None
+    if args.draft is not None and not drafted:
+        raise FieldError("draft", "has no effect without {refine}, or beside {image}; leave it out")
+    setup = replace(setup, draft=find_draft(setup.draft, setup.text_encoder, model).name if drafted else None)
     check_memory(height, width, model.size_multiple or 64)
     given |= {"prompt": prompts[0], "seed": seed, "height": height, "width": width}
     return setup, Request.from_dict(given), prompts, model
 
 
-def draw(session: Session, job: Job, format: str, bar: bool) -> None:
-    """Draw one image, write it and print a line about it."""
+def draw(session: Session, job: Job, format: str, bar: bool, small: Path | None = None) -> None:
+    """Draw one image, from a ``small`` one if there is, write it and print a line about it."""
     start = time.perf_counter()
     session.pipeline.set_progress_bar_config(disable=not bar)
-    drawing = session.draw(job.request)
+    drawing = session.draw(job.request, image=None if small is None else read_image("--refine", str(small)))
     drawing.save(job.path, format)
     size, seconds = f"{drawing.image.width}x{drawing.image.height}", time.perf_counter() - start
     print(f"{job.path}  {size}  seed {job.request.seed}  {drawing.pace()}  {seconds:.1f} s", flush=True)
@@ -172,6 +198,8 @@ def run(argv: list[str] | None = None) -> int:
     limit = LARGEST_SIDE.get(format)
     if limit and max(request.height, request.width) > limit:
         raise FieldError("format", f"{format} holds at most {limit} pixels a side; try {{format}} png")
+    if format == "jpg" and request.edits:
+        print("note: jpg changes every pixel; png and webp keep those outside the mask", file=sys.stderr)
     if args.prompts_file is not None:
         waiting = [job for job in jobs if not is_finished(job, setup, any_seed=args.seed is None)]
         if len(waiting) < len(jobs):
@@ -181,14 +209,19 @@ def run(argv: list[str] | None = None) -> int:
         return 0
 
     with all_stays():
-        from .sampling.session import Session
-
-        session = Session.load(setup, max(request.height, request.width))
-    for line in session.report:
-        print(line)
-    print(f"attention  {session.choose_attention(request.height, request.width)}", flush=True)
-    for job in jobs:
-        draw(session, job, format, bar=sys.stderr.isatty() and not args.no_progress)
+        from .sampling.session import Session, draw_small
+    with TemporaryDirectory() as folder:
+        small = [None] * len(jobs)
+        if setup.draft is not None:
+            print(f"draft      {setup.draft} draws the small images first", flush=True)
+            small = draw_small(setup, [job.request for job in jobs], Path(folder))
+        with all_stays():
+            session = Session.load(setup, max(request.height, request.width))
+        for line in session.report:
+            print(line)
+        print(f"attention  {session.choose_attention(request.height, request.width)}", flush=True)
+        for job, start in zip(jobs, small, strict=True):
+            draw(session, job, format, sys.stderr.isatty() and not args.no_progress, start)
     print(f"peak memory {session.peak_memory()}")
     return 0
 

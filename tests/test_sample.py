@@ -370,7 +370,7 @@ def test_a_damaged_model_is_a_line(run, tmp_path):
 
 def test_options_default_to_none_and_all_settings_are_options():
     args = vars(sample.build_parser().parse_args([]))
-    assert {*request.Request.field_names(), *request.Setup.field_names()} - {"image_sha256"} <= set(args)
+    assert {*request.Request.field_names(), *request.Setup.field_names()} - {"image_sha256", "mask_sha256"} <= set(args)
     assert all(value is None for name, value in args.items() if name not in ("dry_run", "no_progress"))
     assert isinstance(sample.build_parser(), argparse.ArgumentParser)
 

@@ -20,6 +20,7 @@ from .. import ops
 from ..errors import UserError
 from ..models.detailer import AUTO_MEMORY_MB
 from . import flow
+from .editing import Kept, bands
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def denoise(
     guidance: Callable[[], float],
     begin: int = 0,
     on_step: Callable[[int, Tensor], Tensor | None] | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Follow the flow from step ``begin`` of the schedule to its end.
 
@@ -51,6 +53,7 @@ def denoise(
         begin: index of the first step.
         on_step: called after each step with its index and the state, which the next step writes over. It may return
             another state, or raise `Stop`.
+        kept: the pixels of an image that are not drawn, or not yet.
 
     Returns:
         (B, 3, H, W) fp32, about in [-1, 1].
@@ -64,13 +67,20 @@ def denoise(
     for i in range(begin, len(timesteps)):
         scale = guidance()
         raw, negative = predict(pixels, i, guided=scale > 1)
-        if fused:
-            pixels = ops.euler_step_(pixels, raw, float(sigmas[i + 1] - sigmas[i]), negative, scale)
-        else:
+        moved = pixels  # Euler's step is taken in place
+        if not fused:
             v = flow.velocity(raw.float())
             if negative is not None:
                 v = flow.guide(v, flow.velocity(negative.float()), scale)
-            pixels = scheduler.step(v, timesteps[i], pixels, return_dict=False)[0]
+            moved = scheduler.step(v, timesteps[i], pixels, return_dict=False)[0]
+        for rows in [slice(None)] if kept is None else bands(pixels.shape):
+            held = None if kept is None else kept.after(pixels, rows, float(sigmas[i + 1] / sigmas[i]))
+            if fused:
+                halves = [half if half is None else half[:, :, rows] for half in (raw, negative)]
+                ops.euler_step_(pixels[:, :, rows], halves[0], float(sigmas[i + 1] - sigmas[i]), halves[1], scale)
+            if held is not None:
+                kept.put_(moved, held, rows, i)
+        pixels = moved
         finite.note(i, pixels)
         if on_step is not None:
             try:

@@ -12,12 +12,13 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import FieldError, UserError
 from ..files import atomic_path, near_path
 from ..formats.header import parse_json
 
@@ -88,6 +89,8 @@ def save_image(image: Image, path: Path, format: str, settings: dict[str, Any]) 
 def _options(image: Image, format: str, settings: dict[str, Any] | None) -> dict[str, Any]:
     """PIL's arguments for a format, with the settings where it keeps text."""
     text = "" if settings is None else json.dumps(settings)
+    profile = color_profile(image)
+    kept = {} if profile is None else {"icc_profile": profile}
     if format == "png":
         from PIL.PngImagePlugin import PngInfo
 
@@ -98,8 +101,10 @@ def _options(image: Image, format: str, settings: dict[str, Any] | None) -> dict
         info.add_text("Software", f"l2p_fast {__version__}")
         if text:
             info.add_text(SETTINGS_KEY, text)
-        return {"format": "PNG", "pnginfo": info, "compress_level": 3}  # 6, the default, takes twice as long
-    exif, options = image.getexif(), {"format": "JPEG" if format == "jpg" else "WEBP", "quality": 95}
+        return {"format": "PNG", "pnginfo": info, "compress_level": 3} | kept  # 6, the default, takes twice as long
+    exif, options = image.getexif(), {"format": "JPEG" if format == "jpg" else "WEBP", "quality": 95} | kept
+    if format == "webp" and settings is not None and (settings.get("mask") or settings.get("outpaint")):
+        options |= {"lossless": True, "quality": 50}  # what was not repainted stays as it is; quality: of the search
     exif[_SOFTWARE] = f"l2p_fast {__version__}"
     if format == "jpg" and len(text) > _SEGMENT:
         parts = [text[start : start + _SEGMENT].encode() for start in range(0, len(text), _SEGMENT)]
@@ -141,10 +146,63 @@ def read_image(field: str, path: str) -> Image:
     from PIL import ImageOps
 
     image = open_image(field, path)
+    return _decoded(field, path, lambda: ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _decoded(field: str, path: str, decode: Callable[[], Image]) -> Image:
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return decode()
     except (OSError, ValueError, SyntaxError, MemoryError) as error:
         raise UserError(f"{field}: {path} is not a readable image ({' '.join(str(error).split())})") from error
+
+
+def as_mask(image: Image) -> Image:
+    """A mask as 8 bits of gray, upright; where it is transparent it is black."""
+    from PIL import ImageChops, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return image.point(lambda value: value * (1 / 257)).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return ImageChops.multiply(image.convert("L"), image.getchannel("A"))
+    return image.convert("L")
+
+
+def read_mask(field: str, path: str, size: tuple[int, int]) -> Image:
+    """The mask of an image of ``size`` (width, height), as `as_mask` makes it.
+
+    Raises:
+        UserError: as `open_image`; a damaged file.
+        FieldError: a mask of another size, or one with nothing to repaint.
+    """
+    mask = open_image(field, path)
+    if mask.size in (size, size[::-1]):  # else it is not even decoded
+        mask = _decoded(field, path, lambda: as_mask(mask))
+    check_mask(mask.size, size, 1 if mask.size != size else mask.getextrema()[1])
+    return mask
+
+
+def check_mask(size: tuple[int, int], wanted: tuple[int, int], most: int, field: str = "mask") -> None:
+    """That a mask of ``size`` (width, height) is as large as its image, and that something is to be repainted.
+
+    Args:
+        most: the mask's largest value.
+
+    Raises:
+        FieldError: it isn't, or nothing is.
+    """
+    if size != wanted:
+        given, own = (f"{width}x{height}" for width, height in (size, wanted))
+        raise FieldError(field, f"has {given} pixels and {{image}} {own}; give one of {own}")
+    if not most:
+        raise FieldError(field, "is black all over, so nothing is to be repainted; paint white what is to change")
+
+
+def color_profile(image: Image) -> bytes | None:
+    """The ICC profile that belongs to the RGB values of ``image``; None: it has none."""
+    profile = image.info.get("icc_profile")
+    return profile if isinstance(profile, bytes) and profile[16:20] == b"RGB " else None
 
 
 def read_settings(field: str, path: str) -> dict[str, Any]:

@@ -79,6 +79,26 @@ def find_model(name: str | None, size: int | None = None) -> ModelFacts:
     return ModelFacts(name, path, (path / "model_index.json").is_file(), patch_size_of(path))
 
 
+def find_draft(name: str | None, text_encoder: str | None, model: ModelFacts) -> ModelFacts:
+    """The model that draws the small image of a request to refine, for ``model`` to bring to its size.
+
+    Args:
+        name: as for `find_model`; None: the bundled one, where ``model`` is bundled.
+        text_encoder: of both.
+
+    Raises:
+        FieldError: nothing there, or no name and no bundled model.
+    """
+    if name is None and model.name not in BUNDLED:
+        raise FieldError("refine", "has no small image; add {image}, or {draft} with a model that draws one")
+    try:
+        draft = find_model(name or "tiny-1k")
+        check_text_encoder(text_encoder, draft)
+    except FieldError as error:
+        raise FieldError("draft", error.problem) from None
+    return draft
+
+
 def check_memory(height: int, width: int, multiple: int) -> None:
     """That an image of this size could be drawn in the memory of this machine, whatever the model.
 

@@ -117,10 +117,13 @@ def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
     put_in_bits(model, checkpoint, quantize)
     if setup.head_memory_mb is not None:
         model.head.memory_mb = setup.head_memory_mb
-    size = request.height, request.width
+    unit = model.size_multiple
+    size = tuple(-(-side // unit) * unit for side in (request.height, request.width))
     guided = request.guidance is None or request.guidance > 1
     alone = request.cfg_batch == "off" or (request.cfg_batch == "auto" and one_by_one(device, size))
     memory = expected(model, dtype, device, size, guided=guided, rows=2 if guided and not alone else 1)
+    if request.starts_at is not None:  # the image to start from, in bytes, and what of it is kept
+        memory.images += size[0] * size[1] * (3 + request.edits)
     encoder, words = 0, ""
     source = facts.path if setup.text_encoder is None else setup.text_encoder
     if os.path.isdir(source):

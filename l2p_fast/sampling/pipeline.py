@@ -20,6 +20,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers.loaders import ZImageLoraLoaderMixin
@@ -36,10 +37,11 @@ from ..formats.pipeline_folder import PipelineFolder, read_pipeline
 from ..loading import load_lora, load_model, load_text_encoders, model_class
 from ..models.pixel import PixelModel
 from ..variants import NATIVE_TOKENS, OF_PATCH, SHIFT, SOURCES
-from . import flow
 from .denoise import Predictor, Stop, denoise
-from .pixels import OUTPUT_TYPES, draw_noise, image_to_pixels, images_of, pixels_to_images, size_of
-from .request import check_number, check_size
+from .drawing import color_profile
+from .editing import Kept, Source, make_kept_source, make_source
+from .pixels import OUTPUT_TYPES, draw_noise, images_of, pixels_to_images, size_of
+from .request import EDIT_STRENGTH, STRENGTH, check_number, check_size, kept_size, margins_of
 
 COARSE_STRENGTH = 0.6
 # What diffusers calls the fields of a request.
@@ -111,10 +113,10 @@ class _Run(threading.local):
 
 
 class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
-    """Text-to-image and image-to-image with an `L2PTransformer2DModel`, or the pixel model of another source.
+    """Text to image, image to image, inpainting and outpainting.
 
     Args:
-        transformer: the L2P model.
+        transformer: an `L2PTransformer2DModel`, or the pixel model of another source.
         text_encoder: its source's text encoder (Z-Image's: a transformers Qwen3 model); None when only
             ``prompt_embeds`` are used.
         tokenizer: its tokenizer.
@@ -208,6 +210,11 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
     def default_shift(self) -> float:
         """Shift of the noise schedule when `__call__` is not told."""
         return self.scheduler.config.get("shift", self.scheduler.config.get("flow_shift", SHIFT))
+
+    @property
+    def default_mask_blend(self) -> int:
+        """Pixels over which an edit is blended when `__call__` is not told: half a patch."""
+        return self.patch_size // 2
 
     @property
     def guidance_scale(self) -> float:
@@ -324,7 +331,10 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         latents: Tensor | None = None,
         noise: Tensor | None = None,
         image: Any = None,
-        strength: float = 0.6,
+        strength: float | None = None,
+        mask_image: Any = None,
+        mask_blend: int | None = None,
+        outpaint: Sequence[int] | None = None,
         prompt_embeds: Sequence[Tensor] | None = None,
         negative_prompt_embeds: Sequence[Tensor] | None = None,
         max_sequence_length: int | None = None,
@@ -351,8 +361,14 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             num_images_per_prompt: B = n times this.
             generator: one drawing the images' noise in turn, or B: then an image does not depend on its neighbors.
             latents: (B, 3, H, W) noise to use instead of drawing it (that of the full-size stage); also ``noise``.
-            image: one to start from (image-to-image), n or B; see `pixels.image_to_pixels`.
-            strength: in (0, 1]: the share of the steps that an image-to-image run takes; 1 ignores the image.
+            image: one to start from (image-to-image), n or B; see `pixels.image_to_tensor`.
+            strength: in (0, 1]: the share of the steps that an image-to-image run takes; 1 ignores the image. By
+                default 0.6, with ``mask_image`` or ``outpaint`` 1.
+            mask_image: masks of ``image``, 1, n or B and of its size; see `pixels.mask_to_tensor`. White is drawn,
+                black comes back exactly, and a gray pixel takes that share of the run's steps. The size is the image's
+                own, whether a multiple or not.
+            mask_blend: pixels within what is drawn over which its strength rises; by default half a patch.
+            outpaint: pixels to add to ``image``: left, top, right, bottom.
             prompt_embeds, negative_prompt_embeds: n tensors (L_i, C) instead of the prompts.
             max_sequence_length: tokens of a prompt that are read, at most (and by default) the model's: 512.
             cfg_batch: both halves of guidance as one batch: True, False, or "auto" (True until memory forbids).
@@ -372,13 +388,24 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             UserError: arguments that don't fit the model or each other, or a state that isn't finite.
         """
         prompts, negatives = _check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        height, width = self._check_size(height, width, image)
+        images = [] if image is None else images_of(image)
+        masks = [] if mask_image is None else images_of(mask_image)
+        margins = margins_of(None if outpaint is None else ",".join(map(str, outpaint)))
+        edits = mask_image is not None or outpaint is not None
+        for name, given, needed in (("image", image, images), ("mask_image", mask_image, masks)):
+            if given is not None and not needed:
+                raise UserError(f"{name}: wanted at least one, got none")
+        if edits and not images:
+            raise UserError("mask_image and outpaint have no effect without image")
+        (height, width), shown = self._check_size(height, width, images, margins if edits else None)
+        if strength is None:
+            strength = EDIT_STRENGTH if edits else STRENGTH
         steps, sigmas = self._check_steps(num_inference_steps, sigmas)
         guidance = self.default_guidance_scale if guidance_scale is None else guidance_scale
         coarse_strength = coarse_strength or self.config.coarse_strength or COARSE_STRENGTH
         numbers = {
             "guidance": guidance, "shift": shift, "strength": strength, "coarse_strength": coarse_strength,
-            "coarse_size": coarse_size,
+            "coarse_size": coarse_size, "mask_blend": mask_blend,
         }  # fmt: skip
         for name, value in numbers.items():
             check_number(name, value, _NAMES.get(name))
@@ -420,10 +447,18 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
 
         levels = set_schedule(copy.deepcopy(self.scheduler), steps, shift, sigmas)
         order, total = self.scheduler.order, len(levels) - 1
-        first, coarse = 0, None
-        if image is not None:
+        first, coarse, source, kept = 0, None, None, None
+        if images:
+            images = _spread("image", images, batch, num_images_per_prompt)
+            masks = masks and _spread("mask_image", masks, batch, num_images_per_prompt)
+            blend = self.default_mask_blend if mask_blend is None else mask_blend
+            size = height, width
+            source = make_kept_source(images, masks, margins, size, blend) if edits else make_source(images, size)
             first = min(steps - 1, int(steps - steps * strength)) * order
-        elif coarse := self.coarse_resolution(height, width, coarse_size):
+            kept = Kept(source, first, total) if edits else None
+        if source is None or (edits and not first):
+            coarse = self.coarse_resolution(height, width, coarse_size)
+        if coarse:
             # 0.6 is not exactly 0.6 in fp32
             first = int((levels[:-1:order] > coarse_strength + 1e-6).sum()) * order
             first = min((steps - 1) * order, first)
@@ -432,7 +467,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
 
         limit = self.config.full_guidance_scale if coarse else None
 
-        def stage(name: str, pixels: Tensor, begin: int, done: int) -> Tensor:
+        def stage(name: str, pixels: Tensor, begin: int, done: int, kept: Kept | None) -> Tensor:
             run.stage = name
 
             def scale() -> float:
@@ -462,7 +497,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
                 return state
 
             try:
-                return denoise(predict, pixels, scheduler, scale, begin, on_step)
+                return denoise(predict, pixels, scheduler, scale, begin, on_step, kept)
             finally:
                 run.cfg_batched = predict.cfg_batched
 
@@ -471,46 +506,58 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             scale_lora_layers(self.transformer, lora_scale)
         try:
             with self.progress_bar(total=run.num_timesteps) as bar:
-                start = None
-                if image is not None:
-                    start = self._check_images(image, batch, num_images_per_prompt, height, width)
-                elif coarse:
-                    start = stage("coarse", draw_noise((batch, 3, *coarse), generator).to(device), 0, 0)
+                if coarse:
+                    small = None if kept is None else kept.resized(*coarse).to(device)
+                    start = stage("coarse", draw_noise((batch, 3, *coarse), generator).to(device), 0, 0, small)
                     start = F.interpolate(start.clamp_(-1, 1), (height, width), mode="bicubic")
+                kept = kept and kept.to(device)
                 given = noise is not None  # not ours to write over
                 if noise is None:
                     noise = draw_noise((batch, 3, height, width), generator)
                 pixels = noise.to(device, torch.float32, copy=given)
-                if start is not None:
-                    pixels = flow.add_noise(start.to(device), pixels, float(levels[first]))
-                del start, noise
+                del noise
+                if coarse:
+                    source = Source(start if kept is None else kept.put_source_(start, first))
+                    del start
+                elif kept is not None:
+                    source = kept.source
+                if source is not None:
+                    source.to(device).noised_(pixels, float(levels[first]))
+                del source
                 if not self._interrupt:
-                    pixels = stage("full", pixels, first, total if coarse else 0)
+                    pixels = stage("full", pixels, first, total if coarse else 0, kept)
         finally:
             if lora_scale is not None:
                 unscale_lora_layers(self.transformer, lora_scale)
 
-        images = pixels_to_images(pixels, output_type)
+        drawn = pixels_to_images(pixels[:, :, : shown[0], : shown[1]], output_type)
+        if images and output_type == "pil":
+            for one, given in zip(drawn, images * (batch // len(images)), strict=True):
+                if isinstance(given, PIL.Image.Image) and (profile := color_profile(given)) is not None:
+                    one.info["icc_profile"] = profile
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
-    def _check_size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
-        multiple = self.size_multiple
-        own = (NATIVE_TOKENS * self.patch_size,) * 2
-        if image is not None:
-            images = images_of(image)
-            if not images:
-                raise UserError("image: wanted at least one, got none")
-            own = tuple(max(multiple, round(side / multiple) * multiple) for side in size_of(images[0]))
-        sides = []
-        for name, value, default in (("height", height, own[0]), ("width", width, own[1])):
+    def _check_size(
+        self, height: int | None, width: int | None, images: Sequence[Any], margins: tuple[int, int, int, int] | None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) of the run, and of what it returns; ``margins`` of an image of which a part is kept."""
+        multiple, sides = self.size_multiple, []
+        for name, value in (("height", height), ("width", width)):
             try:
-                value = default if value is None else operator.index(value)  # numpy's integers too
+                sides.append(None if value is None else operator.index(value))  # numpy's integers too
             except TypeError:
                 raise FieldError(name, f"must be a whole number of pixels, got {value!r}") from None
-            check_size(name, value, multiple)
-            sides.append(value)
-        return sides[0], sides[1]
+        if margins is not None:
+            shown = kept_size(sides, size_of(images[0]), margins)
+            return tuple(-(-side // multiple) * multiple for side in shown), shown
+        own = (NATIVE_TOKENS * self.patch_size,) * 2
+        if images:
+            own = tuple(max(multiple, round(side / multiple) * multiple) for side in size_of(images[0]))
+        sides = tuple(default if side is None else side for side, default in zip(sides, own, strict=True))
+        for name, side in zip(("height", "width"), sides, strict=True):
+            check_size(name, side, multiple)
+        return sides, sides
 
     def _check_steps(self, steps: int | None, sigmas: Sequence[float] | None) -> tuple[int, list[float] | None]:
         if sigmas is not None:
@@ -527,16 +574,6 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             raise FieldError(_NAMES["steps"], f"must be a whole number of at least 1, got {steps!r}") from None
         check_number("steps", steps, _NAMES["steps"])
         return steps, None
-
-    @staticmethod
-    def _check_images(image: Any, batch: int, each: int, height: int, width: int) -> Tensor:
-        images = images_of(image)
-        if len(images) * each == batch and each > 1:
-            images = [one for one in images for _ in range(each)]
-        if len(images) not in (1, batch):
-            raise UserError(f"image: wanted 1, {batch // each} or {batch}, got {len(images)}")
-        pixels = torch.cat([image_to_pixels(one, height, width) for one in images])
-        return pixels.expand(batch, -1, -1, -1)
 
 
 diffusers.L2PPipeline = L2PPipeline  # where `DiffusionPipeline.from_pretrained` looks for a folder's class
@@ -556,6 +593,15 @@ def _check_prompts(prompt, negative_prompt, prompt_embeds, negative_embeds) -> t
     if not all(isinstance(text, str) for text in prompts + negatives):
         raise UserError("prompt and negative_prompt must be strings or lists of strings")
     return prompts, negatives
+
+
+def _spread(name: str, values: list[Any], batch: int, each: int) -> list[Any]:
+    """One for all, or one for each of ``batch`` images, of which a prompt has ``each``."""
+    if len(values) * each == batch and each > 1:
+        values = [value for value in values for _ in range(each)]
+    if len(values) not in (1, batch):
+        raise UserError(f"{name}: wanted 1, {batch // each} or {batch}, got {len(values)}")
+    return values
 
 
 def _download(repository: str, name: str, options: dict[str, Any]) -> Path:

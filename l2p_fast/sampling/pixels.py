@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import UserError
+from .drawing import as_mask, check_mask
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -59,13 +60,14 @@ def size_of(image: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def image_to_pixels(image: Any, height: int, width: int) -> Tensor:
-    """A single image as (1, 3, H, W) fp32 in [-1, 1], resized to ``height`` x ``width`` (tensors: antialiased bicubic).
+def image_to_tensor(image: Any, height: int | None = None, width: int | None = None) -> Tensor:
+    """A single image as (1, 3, H, W): bytes of a PIL image or of bytes, else fp32 in [-1, 1].
 
     Args:
         image: PIL image (turned upright by its EXIF, alpha dropped), array (H, W) or (H, W, C), or tensor (C, H, W)
             or (1, C, H, W). Arrays and tensors hold bytes, or floats in [0, 1]; floats below 0 say that the range is
             [-1, 1], as in diffusers.
+        height, width: resized to (tensors: antialiased bicubic); None: as large as it is.
 
     Raises:
         UserError: other values or channels.
@@ -74,29 +76,71 @@ def image_to_pixels(image: Any, height: int, width: int) -> Tensor:
         image = PIL.Image.fromarray(image)
     if isinstance(image, PIL.Image.Image):
         image = PIL.ImageOps.exif_transpose(image).convert("RGB")
-        if image.size != (width, height):
+        if height and image.size != (width, height):
             image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     pixels = image
     if isinstance(image, np.ndarray):
         pixels = torch.from_numpy(image[..., None] if image.ndim == 2 else image).permute(2, 0, 1)
     pixels = pixels if pixels.ndim == 4 else pixels[None] if pixels.ndim == 3 else pixels[None, None]
     if pixels.shape[0] != 1 or pixels.shape[1] not in (1, 3):
         raise UserError(f"image: wanted a tensor (3, H, W) or an array (H, W, 3), got {tuple(image.shape)}")
-    if pixels.dtype == torch.uint8:
-        pixels = pixels.float() / 127.5 - 1
-    elif pixels.is_floating_point():
+    pixels = pixels.expand(1, 3, -1, -1)
+    if pixels.is_floating_point():
         pixels = pixels.float()
         low, high = (value.item() for value in torch.aminmax(pixels))
         if not (-1.01 <= low and high <= 1.01):
             raise UserError(f"image: wanted bytes, or floats in [0, 1] or [-1, 1], got values from {low:g} to {high:g}")
-        pixels = pixels if low < 0 else pixels * 2 - 1
-    else:
+        pixels = (pixels if low < 0 else pixels * 2 - 1).clamp(-1, 1)
+    elif pixels.dtype != torch.uint8:
         raise UserError(f"image: wanted bytes or floats, got {image.dtype}")
-    pixels = pixels.expand(1, 3, -1, -1)
-    if pixels.shape[-2:] != (height, width):
-        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    return pixels.clamp(-1, 1)
+    if height and pixels.shape[-2:] != (height, width):
+        pixels = F.interpolate(to_float(pixels), (height, width), mode="bicubic", antialias=True).clamp_(-1, 1)
+    return pixels
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Bytes as fp32 in [-1, 1]; what is fp32 stays as it is."""
+    return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels
+
+
+def image_to_pixels(image: Any, height: int, width: int) -> Tensor:
+    """A single image as (1, 3, H, W) fp32 in [-1, 1], resized to ``height`` x ``width``; see `image_to_tensor`."""
+    return to_float(image_to_tensor(image, height, width))
+
+
+def mask_to_tensor(mask: Any, height: int, width: int) -> Tensor:
+    """A single mask as bytes (1, 1, H, W): 255 is repainted, 0 kept, what lies between a strength.
+
+    Args:
+        mask: PIL image (see `as_mask`), array (H, W) or (H, W, 1), or tensor (1, H, W) or (1, 1, H, W): bytes,
+            booleans, or floats in [0, 1].
+        height, width: that it must have.
+
+    Raises:
+        UserError: another size, other values, or a mask that is 0 all over.
+    """
+    if isinstance(mask, np.ndarray) and mask.dtype == np.uint8 and mask.ndim == 3 and mask.shape[-1] > 1:
+        mask = PIL.Image.fromarray(mask)
+    if isinstance(mask, PIL.Image.Image):
+        mask = np.array(as_mask(mask))
+    values = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
+    if isinstance(mask, np.ndarray) and mask.ndim == 3:
+        values = values.permute(2, 0, 1)
+    if values.numel() != values.shape[-1] * values.shape[-2]:
+        raise UserError(f"mask_image: wanted one channel, got a shape of {tuple(mask.shape)}")
+    values = values.reshape(1, 1, *values.shape[-2:])
+    if values.dtype == torch.bool:
+        values = values.byte() * 255
+    elif values.is_floating_point():
+        low, high = (value.item() for value in torch.aminmax(values))
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"mask_image: wanted floats in [0, 1], got values from {low:g} to {high:g}")
+        values = (values.float() * 255).round_().byte()
+    elif values.dtype != torch.uint8:
+        raise UserError(f"mask_image: wanted bytes, booleans or floats, got {values.dtype}")
+    check_mask((values.shape[3], values.shape[2]), (width, height), int(values.max()), "mask_image")
+    return values
 
 
 def pixels_to_images(pixels: Tensor, output_type: str) -> Any:

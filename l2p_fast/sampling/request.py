@@ -30,6 +30,7 @@ class Range(NamedTuple):
 
 
 LARGEST_SIDE = 1 << 20
+STRENGTH, EDIT_STRENGTH = 0.6, 1.0  # of a request that leaves it out: image to image, and a part of an image
 RANGES: dict[str, Range] = {
     "steps": Range(1, 10_000, 30),
     "seed": Range(0, 2**63 - 1, 0),
@@ -37,7 +38,9 @@ RANGES: dict[str, Range] = {
     "width": Range(1, LARGEST_SIDE, 1024),
     "guidance": Range(0, 1e6, 1),
     "shift": Range(0, 1e6, 3, above=True),
-    "strength": Range(0, 1, 0.6, above=True),
+    "strength": Range(0, 1, STRENGTH, above=True),
+    "refine": Range(0, 1, 0.35, above=True),
+    "mask_blend": Range(0, 4096, 16),
     "coarse_size": Range(0, 1 << 16, 0),
     "coarse_strength": Range(0, 1, 0.6, above=True),
     "head_memory_mb": Range(0, 1e9, 256, above=True),
@@ -81,6 +84,24 @@ def check_size(field: str, value: int, multiple: int | None) -> None:
     if multiple and value % multiple:
         near = nearest_sizes(value, multiple)
         raise FieldError(field, f"must be a multiple of {multiple} for this checkpoint, got {value}; try {near}")
+
+
+def margins_of(text: str | None) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of ``L,T,R,B``, in pixels; none of None.
+
+    Raises:
+        FieldError: other text, or margins that add nothing.
+    """
+    if text is None:
+        return 0, 0, 0, 0
+    if not re.fullmatch(r"\s*\d{1,7}\s*(,\s*\d{1,7}\s*){3}", text, re.ASCII):
+        raise FieldError("outpaint", f"must be LEFT,TOP,RIGHT,BOTTOM in whole pixels, got {text[:60]!r}; try 0,0,256,0")
+    left, top, right, bottom = map(int, text.split(","))
+    if not left + top + right + bottom:
+        raise FieldError("outpaint", f"adds nothing with {text}; try 0,0,256,0")
+    if max(left, top, right, bottom) > LARGEST_SIDE:
+        raise FieldError("outpaint", f"adds at most {LARGEST_SIDE} pixels a side, got {text}; try 0,0,256,0")
+    return left, top, right, bottom
 
 
 def check_text(field: str, text: str) -> None:
@@ -156,6 +177,12 @@ class Request(_Fields):
         shift: of the noise schedule.
         image: path of an image to start from; ``image_sha256`` its digest, when it must not have changed since.
         strength: share of the steps that an image to start from is put through, in (0, 1].
+        mask: path of a mask of the image's size: white is repainted, black comes back bit for bit, gray is the share
+            of the strength; ``mask_sha256`` its digest, when it must not have changed since.
+        outpaint: pixels to add to the image, "LEFT,TOP,RIGHT,BOTTOM".
+        mask_blend: pixels within the repainted part over which it rises to full strength.
+        refine: strength at which a small image is drawn anew at the model's own size, or that of ``height`` and
+            ``width``; the image is ``image``, or is drawn first by the setup's ``draft``.
         coarse_size: tokens of the longer side of the coarse start; 0: none.
         coarse_strength: noise level at which full size takes over from the coarse start, in (0, 1].
         cfg_batch: both halves of guidance as one batch: "on", "off" or "auto".
@@ -175,6 +202,11 @@ class Request(_Fields):
     image: str | None = None
     image_sha256: str | None = None
     strength: float | None = None
+    mask: str | None = None
+    mask_sha256: str | None = None
+    outpaint: str | None = None
+    mask_blend: int | None = None
+    refine: float | None = None
     coarse_size: int | None = None
     coarse_strength: float | None = None
     cfg_batch: str = "auto"
@@ -186,8 +218,73 @@ class Request(_Fields):
             if name in RANGES:
                 check_number(name, getattr(self, name))
         choose("cfg_batch", self.cfg_batch, ("auto", "on", "off"))
-        if self.strength is not None and self.image is None:
-            raise FieldError("strength", "has no effect without {image}; add one, or leave it out")
+        margins_of(self.outpaint)
+        for name in ("strength", "mask", "outpaint"):
+            if getattr(self, name) is not None and self.image is None:
+                raise FieldError(name, "has no effect without {image}; add one, or leave it out")
+        if self.mask_blend is not None and not self.edits:
+            raise FieldError("mask_blend", "has no effect without {mask} or {outpaint}; add one, or leave it out")
+        for name in ("strength", "mask", "outpaint"):
+            if getattr(self, name) is not None and self.refine is not None:
+                raise FieldError("refine", f"draws all of an image anew; leave it out, or {{{name}}}")
+
+    @property
+    def edits(self) -> bool:
+        """Whether a part of ``image`` is to come back as it is."""
+        return self.mask is not None or self.outpaint is not None
+
+    @property
+    def starts_at(self) -> float | None:
+        """Share of the steps that the image to start from is put through; None: there is none."""
+        if self.image is None and self.refine is None:
+            return None
+        return self.refine or self.strength or (EDIT_STRENGTH if self.edits else STRENGTH)
+
+
+def drawn_size(request: Request, image: tuple[int, int] | None, native: int, multiple: int | None) -> tuple[int, int]:
+    """(height, width) in pixels of what ``request`` draws.
+
+    Args:
+        image: (height, width) of the image that it starts from, upright; None: there is none.
+        native: the model's own size.
+        multiple: what sides must be multiples of, but those of an image that is kept in part; None: not known yet.
+
+    Raises:
+        FieldError: a size that the model can't draw, or another than that of an image that is kept in part.
+    """
+    sides = request.height, request.width
+    if request.edits:
+        return kept_size(sides, image, margins_of(request.outpaint))
+    if sides == (None, None) and image is not None:
+        scale, unit = native / max(image) if request.refine is not None else 1, multiple or 64
+        sides = tuple(max(unit, round(side * scale / unit) * unit) for side in image)
+    height, width = (side or other or native for side, other in zip(sides, sides[::-1], strict=True))
+    for name, side in (("height", height), ("width", width)):
+        check_size(name, side, multiple)
+    return height, width
+
+
+def kept_size(
+    sides: tuple[int | None, int | None], image: tuple[int, int], margins: tuple[int, int, int, int]
+) -> tuple[int, int]:
+    """(height, width) of an image of which a part is kept, with its left, top, right and bottom margins.
+
+    Args:
+        sides: as asked for; None: not.
+        image: (height, width).
+
+    Raises:
+        FieldError: another size was asked for.
+    """
+    left, top, right, bottom = margins
+    own = image[0] + top + bottom, image[1] + left + right
+    for name, side, needed in zip(("height", "width"), sides, own, strict=True):
+        if side not in (None, needed):
+            raise FieldError(
+                name, f"is {side}, but an image that is kept in part stays as large as it is, {needed}; leave it out"
+            )
+        check_number(name, needed)
+    return own
 
 
 @dataclass(frozen=True)
@@ -261,6 +358,7 @@ class Setup(_Fields):
         compile: torch.compile the blocks.
         offload: none, model or sequential: keep in host memory what is not at work.
         head_memory_mb: working memory of the Detailer Head.
+        draft: the model that draws the small image of a request to refine that has none; named as ``model``.
 
     Raises:
         FieldError: a value that can't be, or a package that isn't installed.
@@ -276,9 +374,10 @@ class Setup(_Fields):
     compile: bool = False
     offload: str = "none"
     head_memory_mb: float | None = None
+    draft: str | None = None
 
     def __post_init__(self):
-        for name, text in (("model", self.model), ("text_encoder", self.text_encoder)):
+        for name, text in (("model", self.model), ("draft", self.draft), ("text_encoder", self.text_encoder)):
             if text is not None and ("\0" in text or len(text) > 4096):
                 raise FieldError(name, f"is not a path: {text[:60]!r}")
         given = [self.lora] if isinstance(self.lora, str) else list(self.lora)

@@ -6,6 +6,7 @@ A session draws one image at a time; calls from several threads wait for one ano
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +28,10 @@ from ..loading import load_loras
 from ..models import attention
 from ..quantize import CodedLinear, products, stored
 from ..variants import OF_PATCH
-from .drawing import Drawing, read_image
+from .drawing import Drawing, read_image, read_mask
 from .facts import check_lora, check_text_encoder, find_model
 from .pipeline import L2PPipeline, load_pipeline
-from .request import Lora, Request, Setup, check_size
+from .request import Lora, Request, Setup, drawn_size, margins_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CFG_BATCH = {"on": True, "off": False, "auto": "auto"}
-STRENGTH = 0.6  # of a request with an image and no strength of its own
 
 
 @dataclass(frozen=True)
@@ -151,25 +152,22 @@ class Session:
         how = attention.ragged(name, *given) if model.packs_rows else "ragged batches masked"
         return f"{name}{why}; {how}"
 
-    def fill(self, request: Request) -> Request:
+    def fill(self, request: Request, image: Image | None = None) -> Request:
         """``request`` with every choice that it leaves to the model made.
 
+        Args:
+            image: that it starts from, upright; None: the file that it names, if any.
+
         Raises:
-            FieldError: a size that the model can't draw.
+            UserError: a size that the model can't draw, or an image that is missing.
         """
-        pipe, size = self.pipeline, (request.height, request.width)
-        if request.image is not None:
-            digest = file_digest(request.image)
-            if request.image_sha256 not in (None, digest):
-                raise FieldError("image", f"{request.image} has changed since; give the one of that time")
-            request = replace(request, image_sha256=digest, strength=request.strength or STRENGTH)
-            if size == (None, None):
-                image, unit = read_image("image", request.image), pipe.size_multiple
-                size = tuple(max(unit, round(side / unit) * unit) for side in image.size[::-1])
-        native = OF_PATCH[pipe.patch_size].native_size
-        height, width = (side or other or native for side, other in zip(size, size[::-1], strict=True))
-        for name, side in (("height", height), ("width", width)):
-            check_size(name, side, pipe.size_multiple)
+        pipe = self.pipeline
+        if image is None and request.image is not None:
+            image = read_image("image", request.image)
+        if image is None and request.refine is not None:
+            raise FieldError("refine", "has no image to draw anew; add {image}, or draw a small one first")
+        own = None if image is None else image.size[::-1]
+        height, width = drawn_size(request, own, OF_PATCH[pipe.patch_size].native_size, pipe.size_multiple)
         return replace(
             request,
             height=height,
@@ -177,26 +175,37 @@ class Session:
             steps=request.steps or pipe.default_steps,
             guidance=pipe.default_guidance_scale if request.guidance is None else request.guidance,
             shift=request.shift or pipe.default_shift,
+            strength=None if request.refine is not None else request.starts_at,
+            mask_blend=pipe.default_mask_blend if request.edits and request.mask_blend is None else request.mask_blend,
             coarse_size=(pipe.config.coarse_size or 0) if request.coarse_size is None else request.coarse_size,
             coarse_strength=request.coarse_strength or pipe.config.coarse_strength,
         )
 
     def draw(
-        self, request: Request, on_step: Callable[[Progress], None] | None = None, image: Image | None = None
+        self,
+        request: Request,
+        on_step: Callable[[Progress], None] | None = None,
+        image: Image | None = None,
+        mask: Image | None = None,
     ) -> Drawing:
         """Draw one image.
 
         Args:
             on_step: called after each step; what it raises ends the drawing.
-            image: to start from, instead of the file ``request.image``.
+            image, mask: upright, in place of the files ``request.image`` and ``request.mask``, which are but names
+                then; a mask counts only where the request has one.
 
         Raises:
             UserError: what doesn't fit the model, too little memory, or an image that isn't finite.
         """
         with self._lock:
-            request = self.fill(request)
             if request.image is not None and image is None:
                 image = read_image("image", request.image)
+                request = _with_digest(request, "image")
+            if request.mask is not None and mask is None:
+                mask = read_mask("mask", request.mask, image.size)
+                request = _with_digest(request, "mask")
+            request = self.fill(request, image)
             self.choose_attention(request.height, request.width)
             pipe, start, seconds = self.pipeline, time.perf_counter(), {}
 
@@ -227,7 +236,11 @@ class Session:
                         coarse_strength=request.coarse_strength,
                         callback_on_step_end=note,
                         callback_on_step_end_tensor_inputs=("latents",) if on_step is not None else (),
-                        **({} if image is None else {"image": image, "strength": request.strength or STRENGTH}),
+                        image=image,
+                        strength=request.starts_at,
+                        mask_image=None if request.mask is None else mask,
+                        mask_blend=request.mask_blend,
+                        outpaint=None if request.outpaint is None else margins_of(request.outpaint),
                     ).images[0]
             except torch.OutOfMemoryError as error:
                 size = f"{request.width}x{request.height}"
@@ -268,6 +281,19 @@ def _identified(lora: Lora) -> Lora:
     return replace(lora, sha256=digest)
 
 
+def _with_digest(request: Request, name: str) -> Request:
+    """``request`` with the digest of the file that it names.
+
+    Raises:
+        FieldError: the file is another than the one whose digest it has.
+    """
+    path, digest = getattr(request, name), f"{name}_sha256"
+    found = file_digest(path)
+    if getattr(request, digest) not in (None, found):
+        raise FieldError(name, f"{path} has changed since; give the one of that time")
+    return replace(request, **{digest: found})
+
+
 def file_digest(path: str) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
@@ -275,6 +301,32 @@ def file_digest(path: str) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def draw_small(setup: Setup, requests: Sequence[Request], folder: Path) -> list[Path]:
+    """The images that requests to refine start from: drawn by the setup's ``draft`` in its own size and its own way.
+
+    That model is gone when this returns, so the one that refines has the memory.
+
+    Args:
+        requests: with their heights and widths, whose aspect the small images have.
+        folder: where they go, as PNG.
+
+    Raises:
+        UserError: as `Session.load` and `Session.draw`.
+    """
+    session = Session.load(replace(setup, model=setup.draft, draft=None))
+    pipe, paths = session.pipeline, []
+    native, unit = OF_PATCH[pipe.patch_size].native_size, pipe.size_multiple
+    for index, request in enumerate(requests):
+        scale = native / max(request.height, request.width)
+        height, width = (max(unit, round(side * scale / unit) * unit) for side in (request.height, request.width))
+        small = Request(request.prompt, request.seed, request.negative, height, width)
+        paths.append(folder / f"{index}.png")
+        session.draw(small).save(paths[-1])
+    del session, pipe
+    gc.collect()
+    return paths
 
 
 def pick_device(setup: Setup) -> torch.device:
