@@ -210,18 +210,19 @@ def run(argv: list[str] | None = None) -> int:
 
     with all_stays():
         from .sampling.session import Session, draw_small
+    bar = sys.stderr.isatty() and not args.no_progress
     with TemporaryDirectory() as folder:
         small = [None] * len(jobs)
         if setup.draft is not None:
             print(f"draft      {setup.draft} draws the small images first", flush=True)
-            small = draw_small(setup, [job.request for job in jobs], Path(folder))
+            small = draw_small(setup, [job.request for job in jobs], Path(folder), bar)
         with all_stays():
             session = Session.load(setup, max(request.height, request.width))
         for line in session.report:
             print(line)
         print(f"attention  {session.choose_attention(request.height, request.width)}", flush=True)
         for job, start in zip(jobs, small, strict=True):
-            draw(session, job, format, sys.stderr.isatty() and not args.no_progress, start)
+            draw(session, job, format, bar, start)
     print(f"peak memory {session.peak_memory()}")
     return 0
 

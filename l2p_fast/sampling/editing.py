@@ -157,7 +157,7 @@ def _together(images: Sequence[Tensor]) -> Tensor:
         raise UserError("image: wanted images of one size where a part of them is kept; draw them one by one")
     if any(image.dtype != images[0].dtype for image in images):
         images = [to_float(image) for image in images]
-    return torch.cat(list(images))
+    return torch.cat(list(images)).contiguous()  # planar, as the state is
 
 
 def feathered(mask: Tensor, width: int) -> Tensor:

@@ -303,7 +303,7 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def draw_small(setup: Setup, requests: Sequence[Request], folder: Path) -> list[Path]:
+def draw_small(setup: Setup, requests: Sequence[Request], folder: Path, bar: bool = False) -> list[Path]:
     """The images that requests to refine start from: drawn by the setup's ``draft`` in its own size and its own way.
 
     That model is gone when this returns, so the one that refines has the memory.
@@ -311,12 +311,14 @@ def draw_small(setup: Setup, requests: Sequence[Request], folder: Path) -> list[
     Args:
         requests: with their heights and widths, whose aspect the small images have.
         folder: where they go, as PNG.
+        bar: whether each has a progress bar.
 
     Raises:
         UserError: as `Session.load` and `Session.draw`.
     """
     session = Session.load(replace(setup, model=setup.draft, draft=None))
     pipe, paths = session.pipeline, []
+    pipe.set_progress_bar_config(disable=not bar)
     native, unit = OF_PATCH[pipe.patch_size].native_size, pipe.size_multiple
     for index, request in enumerate(requests):
         scale = native / max(request.height, request.width)
