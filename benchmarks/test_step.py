@@ -2,7 +2,7 @@
 
 Plain: the pixel model as its authors write it, same weights. Latent: Z-Image on the latents of an image of the same
 size, (side / 16)^2 tokens, without its autoencoder (for that: test_image.py). Widths are those of the scale, and the
-same for both. fp8 and int8: ours with 8-bit weights, their error taken against bf16.
+same for both. By a graph: ours as a CUDA graph. fp8 and int8: ours with 8-bit weights, their error taken against bf16.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from l2p_fast.quantize import products as lowbit
-from l2p_fast.sampling import flow
+from l2p_fast.sampling import flow, graphs
 
 if TYPE_CHECKING:
     from l2p_fast.models.zimage import L2PTransformer2DModel
@@ -35,7 +35,7 @@ from .baselines import (
     text_features,
 )
 from .conftest import CLOCK
-from .measure import Case, Scale, error, finite
+from .measure import Case, NotHere, Scale, error, finite
 from .test_head import NAMES
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
@@ -50,6 +50,24 @@ def prepared(model: L2PTransformer2DModel, cap: torch.Tensor, t: torch.Tensor, s
     """Our model as a function of the image; what doesn't depend on it is computed once an image, not once a step."""
     cond = model.prepare([cap], side, side, timesteps=t)
     return lambda x: model(x, cond=cond, step=0)
+
+
+def graphed(model: L2PTransformer2DModel, cap: torch.Tensor, t: torch.Tensor, side: int):
+    """As `prepared`, by a CUDA graph from the third call on."""
+    if why := graphs.obstacle(model, cap.device):
+        raise NotHere(f"no CUDA graph: {why}")
+    graph = graphs.Graphed(prepared(model, cap, t, side))
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        out = graph(x)
+        if graph.obstacle:
+            raise NotHere(f"no CUDA graph: {graph.obstacle}")
+        return out
+
+    return call
+
+
+OURS = {"ours": prepared, "ours by a graph": graphed}
 
 
 @torch.no_grad()
@@ -71,16 +89,17 @@ def build(variant: str, patch: int, scale: Scale, device: str) -> Case:
     plain = PlainL2P(model)
     if variant == "plain compiled":
         plain.compile_parts()
-    ours = variant == "ours"
+    ours = OURS.get(variant)
 
     def run_plain(x: torch.Tensor, plain: PlainL2P = plain) -> torch.Tensor:
         return plain(x, t, cap)
 
     def run_ours(x: torch.Tensor) -> torch.Tensor:
-        return prepared(model, cap, t, x.shape[-1])(x)
+        call = ours(model, cap, t, x.shape[-1])
+        return [call(x) for _ in range(3 if ours is graphed else 1)][-1]
 
     pixels = torch.randn(1, 3, side, side, device=device)
-    call = prepared(model, cap, t, side) if ours else run_plain
+    call = ours(model, cap, t, side) if ours else run_plain
     return pixel_case(
         model,
         scale,
@@ -123,7 +142,7 @@ def build_lowbit(variant: str, patch: int, scale: Scale, device: str) -> Case:
     )
 
 
-@pytest.mark.parametrize("variant", ("ours", "plain", "latent", "plain compiled"))
+@pytest.mark.parametrize("variant", ("ours", "ours by a graph", "plain", "latent", "plain compiled"))
 @pytest.mark.parametrize("patch", NAMES, ids=NAMES.get)
 def test_step(row, scale, patch, variant):
     if patch not in scale.patches:

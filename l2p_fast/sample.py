@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the blocks' weights in fewer bits: fp8, int8 (8bit), nf4 (4bit) or none: as the file is (default)",
     )
     add("--compile", action="store_true", default=None, help="torch.compile the transformer's blocks")
+    add("--cuda-graph", action="store_true", default=None, help="run the steps by CUDA graphs, where that can be")
     add("--offload", help="none, model or sequential: keep what is not at work in host memory (default: none)")
     add("--head-memory-mb", type=float, help="working memory of the head (default: 256; on CUDA half of what is free)")
     add("--cfg-batch", help="on, off or auto: both halves of guidance as one batch (default: auto)")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.shapes import HEAD
 from ..ops import patchify
 from ..variants import OF_PATCH, SOURCES
-from .detailer import DetailerHead
+from .detailer import DetailerHead, Settled
 from .text import Encoders
 
 
@@ -137,8 +137,23 @@ class PixelModel:
         raise NotImplementedError
 
     def prepare(self, cap_feats: Sequence[Tensor], height: int, width: int, timesteps: Tensor | None = None) -> Any:
-        """Compute once what the steps of a run share; `forward` takes it as ``cond``."""
+        """Compute once what the steps of a run share; `forward` takes it as ``cond``.
+
+        It is a dataclass with ``head``, which is `settle_head`'s, and a method ``at(step)``: what one step is given,
+        such that it is step 0.
+        """
         raise NotImplementedError
+
+    def settle_head(self, samples: int, height: int, width: int, timesteps: Tensor | None) -> Settled | None:
+        """How the head runs all steps of a run.
+
+        None without timesteps, or where offloading or sharding has yet to bring the weights: each call finds out for
+        itself.
+        """
+        weight = self.head.out_conv.weight
+        if timesteps is None or weight.device != timesteps.device or type(weight) not in (nn.Parameter, Tensor):
+            return None
+        return self.head.settle(weight.new_empty(()).expand(samples, 3, height, width), self.dtype)
 
     def features(
         self,
@@ -182,7 +197,7 @@ class PixelModel:
         features = self.features(pixels, t, cap_feats, cond=cond, step=step)
         if windows is not None:
             pixels, features = cut(pixels, windows, self.patch_size), cut(features, windows)
-        out = self.head(pixels, features)
+        out = self.head(pixels, features, settled=None if cond is None else cond.head)
         if self.config.x0_floor is not None:  # x = x0 - sigma (x0 - eps)
             sigma = (1 - t.to(out.device, torch.float32)).clamp(min=self.config.x0_floor).view(-1, 1, 1, 1)
             out = (out - pixels.to(out.dtype)) / sigma.to(out.dtype)
@@ -257,6 +272,7 @@ class TextBatch:
         pooled: (B, C'); None: the source has none.
         size: (height, width) in pixels.
         times: (steps,) model times; None where they were not given.
+        head: how the head runs the steps; None: each finds out for itself.
     """
 
     text: Tensor
@@ -264,6 +280,11 @@ class TextBatch:
     pooled: Tensor | None
     size: tuple[int, int]
     times: Tensor | None
+    head: Settled | None = None
+
+    def at(self, step: int) -> TextBatch:
+        """What one step is given, such that it is step 0."""
+        return replace(self, times=self.times[step : step + 1])
 
     def joint_mask(self, image: int, text_first: bool = True) -> Tensor | None:
         """(B, 1, 1, L + image): which keys attention sees; None: all."""
@@ -355,7 +376,8 @@ class DiffusersPixelModel(PixelModel):
         mask = None
         if (lengths != lengths[0]).any():
             mask = (torch.arange(text.shape[1]) < lengths[:, None]).to(text.device)
-        return TextBatch(text, mask, pooled, (height, width), timesteps)
+        head = self.settle_head(len(text), height, width, timesteps)
+        return TextBatch(text, mask, pooled, (height, width), timesteps, head)
 
     def features(
         self,
@@ -381,12 +403,11 @@ class DiffusersPixelModel(PixelModel):
         elif t is None or t.shape != (batch,):
             raise UserError(f"t must be ({batch},), one per sample, got {None if t is None else tuple(t.shape)}")
         dtype, device = self.embedder.weight.dtype, pixels.device
-        cond = TextBatch(
-            cond.text.to(device, dtype),
-            None if cond.mask is None else cond.mask.to(device),
-            None if cond.pooled is None else cond.pooled.to(device, dtype),
-            cond.size,
-            cond.times,
+        cond = replace(
+            cond,
+            text=cond.text.to(device, dtype),
+            mask=None if cond.mask is None else cond.mask.to(device),
+            pooled=None if cond.pooled is None else cond.pooled.to(device, dtype),
         )
         grid = cond.size[0] // self.patch_size, cond.size[1] // self.patch_size
         patches = patchify(pixels, self.patch_size, dtype=dtype)

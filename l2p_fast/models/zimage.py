@@ -40,7 +40,7 @@ from .blocks import (
     TransformerBlock,
     rope_tables,
 )
-from .detailer import DetailerHead
+from .detailer import DetailerHead, Settled
 from .pixel import PixelModel
 from .text import Encoders, encode_prompts
 
@@ -58,6 +58,7 @@ class Conditioning:
         keys: what attention sees of image and text tokens.
         size: (height, width) in pixels.
         modulations: for each modulated block (steps, 4 D); None where the timesteps were not given.
+        head: how the head runs the steps; None: each finds out for itself.
     """
 
     text: Tensor
@@ -66,6 +67,11 @@ class Conditioning:
     keys: Keys
     size: tuple[int, int]
     modulations: list[Tensor] | None = None
+    head: Settled | None = None
+
+    def at(self, step: int) -> Conditioning:
+        """What one step is given, such that it is step 0."""
+        return replace(self, modulations=[rows[step : step + 1] for rows in self.modulations])
 
 
 class L2PTransformer2DModel(PixelModel, ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, CacheMixin):
@@ -348,6 +354,7 @@ class L2PTransformer2DModel(PixelModel, ModelMixin, ConfigMixin, PeftAdapterMixi
             keys=keys,
             size=(height, width),
             modulations=modulations,
+            head=self.settle_head(len(text), height, width, timesteps),
         )
 
     def _run(self, block: TransformerBlock, *args) -> Tensor:

@@ -6,6 +6,7 @@ B images, R = 2B rows with guidance (B without), H x W pixels, N steps.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import math
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UserError
 from ..models.detailer import AUTO_MEMORY_MB
-from . import flow
+from . import flow, graphs
 from .editing import Kept, bands
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class Predictor:
         size: (height, width) in pixels.
         times: (N,) model times 1 - sigma.
         cfg_batch: both halves of guidance as one batch: True, False, or "auto" (True until memory forbids).
+        cuda_graph: run the network by CUDA graphs where that can be (`graphs`), and say why where not.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class Predictor:
         size: tuple[int, int],
         times: Tensor,
         cfg_batch: bool | str = "auto",
+        cuda_graph: bool = False,
     ):
         self.transformer, self.dtype = transformer, transformer.dtype
         self.caps = [*caps, *negative_caps]
@@ -154,6 +157,12 @@ class Predictor:
         if cfg_batch is False or (cfg_batch == "auto" and one_by_one(device, size)):
             self.rows_at_once = self.batch
         self._conditions: dict[tuple[int, int], Any] = {}
+        self._graphed = None
+        if cuda_graph:
+            if why := graphs.obstacle(transformer, device):
+                logger.warning("no CUDA graph is used: %s", why)
+            else:
+                self._graphed = graphs.Graphed(functools.partial(_network, transformer))
 
     @property
     def cfg_batched(self) -> bool | None:
@@ -196,11 +205,18 @@ class Predictor:
             x = pixels if samples == list(range(self.batch)) else pixels[samples]
             t = self.times[step].expand(len(rows))
             with self._cache(f"{key} at {self.size}"):
-                raw.append(self.transformer(x, t, cond=self._conditions[key], step=step))
+                raw.append(self._run(x, t, self._conditions[key], step, alone=len(rows) == total))
         if len(raw) > total // self.batch:  # row by row
             raw = [torch.cat(raw)]
         halves = raw[0].split(self.batch) if len(raw) == 1 else raw
         return halves[0], halves[1] if len(halves) > 1 else None
+
+    def _run(self, pixels: Tensor, t: Tensor, cond: Any, step: int, alone: bool) -> Tensor:
+        """The network's output; ``alone``: the only one of this step."""
+        if self._graphed is None:
+            return self.transformer(pixels, t, cond=cond, step=step)
+        out = self._graphed(pixels, t, type(cond), vars(cond.at(step)))
+        return out if alone else out.clone()  # the next call may write over it
 
     def _cache(self, name: str) -> contextlib.AbstractContextManager:
         """What diffusers' caches keep for other rows, or for another size, must not be mixed with this call's."""
@@ -227,6 +243,11 @@ class Predictor:
     def _run_at_once(self, rows: int) -> None:
         self.rows_at_once = rows
         self._conditions.clear()
+
+
+def _network(transformer: nn.Module, pixels: Tensor, t: Tensor, kind: type, cond: dict[str, Any]) -> Tensor:
+    """The network's output at one step, of what is given alone."""
+    return transformer(pixels, t, cond=kind(**cond), step=0)
 
 
 def one_by_one(device: torch.device, size: tuple[int, int]) -> bool:

@@ -339,6 +339,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         negative_prompt_embeds: Sequence[Tensor] | None = None,
         max_sequence_length: int | None = None,
         cfg_batch: bool | str = "auto",
+        cuda_graph: bool = False,
         coarse_size: int | None = None,
         coarse_strength: float | None = None,
         attention_kwargs: dict[str, Any] | None = None,
@@ -372,6 +373,8 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             prompt_embeds, negative_prompt_embeds: n tensors (L_i, C) instead of the prompts.
             max_sequence_length: tokens of a prompt that are read, at most (and by default) the model's: 512.
             cfg_batch: both halves of guidance as one batch: True, False, or "auto" (True until memory forbids).
+            cuda_graph: run the steps by CUDA graphs (`graphs`), where that can be. A callback must then leave the
+                model's weights and the attention backend as they are.
             coarse_size, coarse_strength: override the config's; ``coarse_size`` 0 switches the coarse start off. With
                 it the image is first sampled small, enlarged, noised to the first sigma <= ``coarse_strength`` and
                 finished at full size. Both noises come from the same generator, the coarse one first.
@@ -476,7 +479,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
 
             scheduler = copy.deepcopy(self.scheduler)  # it counts its own steps, and keeps predictions
             times = 1 - set_schedule(scheduler, steps, shift, sigmas)[:-1]
-            predict = Predictor(self.transformer, *caps, tuple(pixels.shape[-2:]), times, cfg_batch)
+            predict = Predictor(self.transformer, *caps, tuple(pixels.shape[-2:]), times, cfg_batch, cuda_graph)
             size = f"{pixels.shape[3]}x{pixels.shape[2]}"
             bar.set_description(f"{name} {size}" if coarse else size)
 

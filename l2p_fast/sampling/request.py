@@ -356,6 +356,7 @@ class Setup(_Fields):
         quantize: none, which leaves what a file has quantized as it is stored; fp8 or int8 (or 8bit): the
             blocks' weights and products and the text encoder's weights in 8 bits; nf4 (or 4bit): weights in 4 bits.
         compile: torch.compile the blocks.
+        cuda_graph: run the steps by CUDA graphs, where that can be.
         offload: none, model or sequential: keep in host memory what is not at work.
         head_memory_mb: working memory of the Detailer Head.
         draft: the model that draws the small image of a request to refine that has none; named as ``model``.
@@ -372,6 +373,7 @@ class Setup(_Fields):
     attention: str = "auto"
     quantize: str = "none"
     compile: bool = False
+    cuda_graph: bool = False
     offload: str = "none"
     head_memory_mb: float | None = None
     draft: str | None = None

@@ -232,6 +232,7 @@ class Session:
                         shift=None if request.shift == pipe.default_shift else request.shift,
                         generator=torch.Generator().manual_seed(request.seed),
                         cfg_batch=_CFG_BATCH[request.cfg_batch],
+                        cuda_graph=self.setup.cuda_graph,
                         coarse_size=request.coarse_size,
                         coarse_strength=request.coarse_strength,
                         callback_on_step_end=note,

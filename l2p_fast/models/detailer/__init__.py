@@ -1,3 +1,3 @@
-from .unet import AUTO_MEMORY_MB, DetailerHead
+from .unet import AUTO_MEMORY_MB, DetailerHead, Settled
 
-__all__ = ["AUTO_MEMORY_MB", "DetailerHead"]
+__all__ = ["AUTO_MEMORY_MB", "DetailerHead", "Settled"]

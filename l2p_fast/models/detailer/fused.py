@@ -146,8 +146,12 @@ class Kernels:
         return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
     def is_of(self, head: DetailerHead) -> bool:
-        """Whether the head's weights are still those."""
-        return self.state == self._state(head) and torch.equal(self.biases, self._biases(head))
+        """Whether the head's weights are still those. On a GPU this waits for it."""
+        return self.looks_like(head) and torch.equal(self.biases, self._biases(head))
+
+    def looks_like(self, head: DetailerHead) -> bool:
+        """Whether the head's weights are where they were, and were not written to but through ``.data``."""
+        return self.state == self._state(head)
 
     @staticmethod
     def _state(head: DetailerHead) -> list[tuple[int, int]]:

@@ -10,6 +10,8 @@ by one op (fused.py).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,20 @@ def free_cuda_bytes(device: torch.device) -> int:
     """What PyTorch can still allocate on a GPU: free, or kept for reuse."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+class Settled(NamedTuple):
+    """How a head runs images of one shape, found out once for all steps of a run, for it asks the device and waits.
+
+    Attributes:
+        given: what it holds for.
+        plan: see `DetailerHead.plan`.
+        kernels: see `DetailerHead.kernels`.
+    """
+
+    given: tuple
+    plan: Plan | None
+    kernels: Kernels | None
 
 
 class SplitConv1x1(nn.Conv2d):
@@ -97,20 +113,27 @@ class DetailerHead(nn.Module):
         self.out_conv = nn.Conv2d(channels, 3, 1)
 
     def forward(
-        self, pixels: Tensor, features: Tensor, band_rows: int | None = None, memory_mb: float | None = None
+        self,
+        pixels: Tensor,
+        features: Tensor,
+        band_rows: int | None = None,
+        memory_mb: float | None = None,
+        settled: Settled | None = None,
     ) -> Tensor:
         """pixels (B, 3, H, W) in any dtype, features (B, D, h, w) -> (B, 3, H, W) in ``features``' dtype.
 
         ``band_rows`` and ``memory_mb`` override the attributes. H and W must be multiples of 2 to the number of levels.
-        Channels-last features, such as a view of the transformer's tokens, are used without a copy.
+        Channels-last features, such as a view of the transformer's tokens, are used without a copy. What was `settle`d
+        is gone by as long as it holds.
 
         Raises:
             UserError: sizes that don't pool evenly, or features of another width.
         """
         self._check(pixels, features)
-        plan = self.plan(pixels, features.dtype, band_rows or self.band_rows, memory_mb or self.memory_mb)
-        maps = product_dtype(features.dtype, pixels.device)
-        run = self.kernels(pixels.device, features.dtype) or Library(self, maps)
+        if settled is None or not self._holds(settled, pixels, features.dtype, band_rows, memory_mb):
+            settled = self.settle(pixels, features.dtype, band_rows, memory_mb)
+        plan = settled.plan
+        run = settled.kernels or Library(self, product_dtype(features.dtype, pixels.device))
         if plan is None:
             return self._inner(run, pixels, features, first=0).to(features.dtype).contiguous()
         banded, rows = plan
@@ -127,6 +150,26 @@ class DetailerHead(nn.Module):
         x = bands.sweep(encode, (pixels,), rows >> banded, pooled_height, torch.channels_last)
         x = self._inner(run, x, features, first=banded)
         return bands.sweep(decode, (pixels, x), rows, height, torch.contiguous_format)
+
+    def settle(
+        self, pixels: Tensor, dtype: torch.dtype, band_rows: int | None = None, memory_mb: float | None = None
+    ) -> Settled:
+        """How `forward` runs images of the shape and the device of ``pixels``, with features of ``dtype``.
+
+        On a GPU this waits for it: free memory and the weights are looked at.
+        """
+        given = self._given(pixels, dtype, band_rows, memory_mb)
+        plan = self.plan(pixels, dtype, band_rows or self.band_rows, memory_mb or self.memory_mb)
+        return Settled(given, plan, self.kernels(pixels.device, dtype))
+
+    def _given(self, pixels: Tensor, dtype: torch.dtype, band_rows: int | None, memory_mb: float | None) -> tuple:
+        mode = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        return *pixels.shape, pixels.device, dtype, band_rows or self.band_rows, memory_mb or self.memory_mb, *mode
+
+    def _holds(self, settled: Settled, *given) -> bool:
+        """Whether it would be settled so again, as far as can be seen without waiting for the device."""
+        same = settled.given == self._given(*given)
+        return same and (settled.kernels is None or settled.kernels.looks_like(self))
 
     def _inner(self, run: Run, x: Tensor, features: Tensor, first: int) -> Tensor:
         """Levels ``first`` inwards and the bottleneck, whole: pooled image -> decoded features of its size."""
