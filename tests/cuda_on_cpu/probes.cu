@@ -1,6 +1,7 @@
 // Kernels that use what the package's do not yet, so that the tests can show that the emulator finds mistakes in it:
 // copies to shared memory in the background, matrices loaded for tensor cores, votes, named in ../../csrc/ptx.cuh's way.
 #include "cuda.cuh"
+#include "index.h"
 #include "ptx.cuh"
 
 namespace {
@@ -47,6 +48,14 @@ __global__ void count_kernel(const float* values, int32_t* counts, int count) {
   if (thread % 32 == 0 && thread < count) counts[thread / 32] = sum;
 }
 
+// quotients[i], remainders[i] = values[i] by by[i], as kernels divide indices.
+__global__ void divide_kernel(const int64_t* values, const int64_t* by, int64_t* quotients, int64_t* remainders, int count) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= count) return;
+  const l2p::Divided divided = l2p::divided(values[thread], by[thread]);
+  quotients[thread] = divided.quotient, remainders[thread] = divided.remainder;
+}
+
 }  // namespace
 
 extern "C" const char* probe_product(const uint16_t* a, const uint16_t* b, float* out, int rows) {
@@ -56,3 +65,8 @@ extern "C" const char* probe_count(const float* values, int32_t* counts, int cou
   const int threads = (count + 31) / 32 * 32;
   return l2p::launch(count_kernel, 1, threads, 0, nullptr, values, counts, count);
 }
+extern "C" const char* probe_divide(const int64_t* values, const int64_t* by, int64_t* quotients, int64_t* remainders,
+                                    int count) {
+  return l2p::launch(divide_kernel, 1, (count + 31) / 32 * 32, 0, nullptr, values, by, quotients, remainders, count);
+}
+extern "C" const char* probe_too_many(const int64_t* indices) { return l2p::too_many(*indices); }

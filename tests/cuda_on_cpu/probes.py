@@ -35,6 +35,22 @@ def test_votes_and_shuffles(count):
     assert counts.tolist() == [(part > 0).sum().item() for part in values.split(32)]
 
 
+def test_indices_are_divided_in_32_bits_and_larger_ones_refused():
+    random = torch.Generator().manual_seed(0)
+    values = torch.randint(2**32, (64,), generator=random)
+    by = torch.randint(1, 2**32, (64,), generator=random) >> torch.arange(64) % 32
+    values[:4], by[:4] = torch.tensor([2**32 - 1, 2**32 - 1, 2**31, 0]), torch.tensor([1, 2**32 - 1, 3, 7])
+    by.clamp_(min=1)
+    quotients, remainders = torch.zeros_like(values), torch.zeros_like(values)
+    call("probe_divide", values, by, quotients, remainders, 64)
+    assert torch.equal(quotients, values // by) and torch.equal(remainders, values % by)
+    call("probe_divide", values + 2**32, by, quotients, remainders, 64)
+    assert torch.equal(quotients, values // by)  # what lies above 32 bits is not looked at, so:
+    call("probe_too_many", torch.tensor([2**32 - 1]))
+    with pytest.raises(RuntimeError, match="more than 2\\^32 elements"):
+        call("probe_too_many", torch.tensor([2**32]))
+
+
 def test_launches_that_no_gpu_takes_are_refused():
     values, counts = torch.randn(1025), torch.zeros(33, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="threads of a block: 1056, at most 1024"):
