@@ -114,6 +114,28 @@ Tensor norm_modulate(const Tensor& given, const Tensor& weight, const Tensor& sc
   return forward(on, s, d, x);
 }
 
+// In 8 bits, with a scale for each row (B, N, 1).
+template <const Launcher& on>
+std::tuple<Tensor, Tensor> norm_modulate_quantize(const Tensor& given, const Tensor& weight, const Tensor& scale,
+                                                  double eps, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn,
+                  "the dtype must be int8 or float8_e4m3fn");
+  const Tensor x = with_dense_rows(given), w = dense(weight);
+  NormShape s = shape_of(x, w, 3, eps);
+  s.rounding = dtype == ScalarType::Char ? Rounding::int8 : Rounding::e4m3;
+  s.slab_rows = on.cuda ? slab_rows_cuda(false, false) : slab_rows_cpu(s.width);
+  const Tensor rows = add_modulation(s, x, scale, Modulation::scale);
+  Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
+  Tensor row_scale =
+      torch::stable::new_empty(x, std::array<int64_t, 3>{s.batch, s.tokens, 1}, ScalarType::Float);
+  if (out.numel() == 0) return {out, row_scale};
+  NormData d{};
+  d.x = x.data_ptr(), d.weight = w.data_ptr(), d.modulation = rows.data_ptr(), d.out = out.data_ptr();
+  d.row_scale = static_cast<float*>(row_scale.data_ptr());
+  on.forward(s, d, x);
+  return {out, row_scale};
+}
+
 template <const Launcher& on>
 Tensor gate_norm_residual(const Tensor& residual, const Tensor& given, const Tensor& weight, const Tensor& gate,
                           double eps) {
@@ -204,6 +226,7 @@ const Launcher kCuda{
 template <const Launcher& on, typename Library>
 void implement(Library& m) {
   m.impl("norm_modulate", TORCH_BOX(&norm_modulate<on>));
+  m.impl("norm_modulate_quantize", TORCH_BOX(&norm_modulate_quantize<on>));
   m.impl("norm_modulate_backward", TORCH_BOX(&norm_modulate_backward<on>));
   m.impl("gate_norm_residual", TORCH_BOX(&gate_norm_residual<on>));
   m.impl("gate_norm_backward", TORCH_BOX(&gate_norm_backward<on>));

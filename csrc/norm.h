@@ -15,6 +15,7 @@
 namespace l2p {
 
 enum class Modulation { none, scale, gate };  // a row is multiplied by 1, 1 + scale or tanh(gate)
+enum class Rounding { none, int8, e4m3 };     // results in a byte each, with a scale for each row
 
 struct NormShape {
   int64_t batch, tokens, heads, width;
@@ -23,6 +24,7 @@ struct NormShape {
   int64_t groups, modulation_stride;        // of a group
   int64_t slab_rows;
   Modulation modulation;
+  Rounding rounding;
   double eps;
 };
 
@@ -31,6 +33,7 @@ struct NormData {
   const void *x, *weight, *modulation, *residual;
   const float *cos, *sin;
   void* out;
+  float* row_scale;  // with rounding: by which a row's bytes are multiplied
   const void* grad;
   void *x_grad, *weight_grad, *modulation_grad;
   void* sums;  // (slabs, D) float, or double for double: sums over a slab of grad * normed x
@@ -62,6 +65,17 @@ L2P_HOST_DEVICE inline int64_t row_offset(const NormShape& s, const int64_t stri
 L2P_HOST_DEVICE inline int64_t angle_offset(const NormShape& s, int64_t row) {
   const Divided token = divided(divided(row, s.heads).quotient, s.tokens);
   return token.quotient * s.angle_stride[0] + token.remainder * s.angle_stride[1];
+}
+
+// The scale of a row whose largest value is `largest`; of zeros not 0, which is divided by. NaN stays.
+L2P_HOST_DEVICE inline float scale_of(float largest, Rounding rounding) {
+  return (largest < 1e-12f ? 1e-12f : largest) / (rounding == Rounding::int8 ? 127.0f : 448.0f);
+}
+
+// The larger of two, or the one that is NaN.
+template <typename A>
+L2P_HOST_DEVICE inline A larger(A a, A b) {
+  return a > b || a != a ? a : b;
 }
 
 // Rows of a slab: enough to be worth a thread, or a block of the forward and the backward.

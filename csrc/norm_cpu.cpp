@@ -67,6 +67,69 @@ L2P_INLINE void forward_slab(const NormShape& s, const NormData& d, int64_t inde
   }
 }
 
+// Of at most a little above 127, to nearest, ties to even.
+L2P_INLINE uint8_t to_int8(float value) {
+  const float shifted = value + 0x1.8p23f;  // beyond 2^23 a float has no fraction
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  return static_cast<uint8_t>(bits);
+}
+
+// e4m3 without infinities, to nearest, ties to even; beyond 448 the largest, NaN stays. Sums in place of choices, which
+// the compiler would not vectorize.
+L2P_INLINE uint8_t to_e4m3(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
+  const uint32_t normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - ((127 - 7) << 3);
+  const float shifted = std::fabs(value) + 0x1p14f;  // whose last bit is that of values below 2^-6
+  uint32_t small;
+  std::memcpy(&small, &shifted, sizeof small);
+  small -= (127 + 14) << 23;
+  const uint32_t is_small = size < (127 - 6) << 23, is_nan = size > 0x7f800000;
+  const uint32_t code = is_small * small + (1 - is_small) * normal;
+  return static_cast<uint8_t>(sign | (code < 0x7e ? code : 0x7e) | is_nan * 0x7f);
+}
+
+// The largest |x * factor| over a row, or NaN where one is.
+template <typename T, typename A>
+L2P_INLINE A largest_of(const T* __restrict x, const A* __restrict factor, int64_t n) {
+  A lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    for (int k = 0; k < kLanes; ++k) lanes[k] = larger<A>(std::abs(load(x[j + k]) * factor[j + k]), lanes[k]);
+  }
+  for (; j < n; ++j) lanes[0] = larger<A>(std::abs(load(x[j]) * factor[j]), lanes[0]);
+  A found = 0;
+  for (const A lane : lanes) found = larger(lane, found);
+  return found;
+}
+
+// In 8 bits: the largest result is the largest |x * factor|, normed.
+template <typename T>
+L2P_INLINE void rounded_slab(const NormShape& s, const NormData& d, int64_t index) {
+  using A = Accumulator<T>;
+  const Slab slab = slab_at(s, index);
+  const int64_t width = s.width;  // a byte that is written might be one of the shape's, as the compiler sees it
+  std::vector<A> buffer(width);
+  A* __restrict factor = buffer.data();
+  fill_factor<T>(s, d, slab.group, factor);
+  for (int64_t row = slab.begin; row < slab.end; ++row) {
+    const T* __restrict x = static_cast<const T*>(d.x) + row_offset(s, s.x_stride, row);
+    uint8_t* __restrict out = static_cast<uint8_t*>(d.out) + row * width;
+    const A squares = sum_over<A>(width, [&](int64_t j) L2P_INLINE_LAMBDA { return load(x[j]) * load(x[j]); });
+    const A r = 1 / std::sqrt(squares / width + static_cast<A>(s.eps));
+    const float scale = scale_of(static_cast<float>(r * largest_of(x, factor, width)), s.rounding);
+    const A by = r / scale;
+    d.row_scale[row] = scale;
+    if (s.rounding == Rounding::int8) {
+      for (int64_t j = 0; j < width; ++j) out[j] = to_int8(static_cast<float>(load(x[j]) * factor[j] * by));
+    } else {
+      for (int64_t j = 0; j < width; ++j) out[j] = to_e4m3(static_cast<float>(load(x[j]) * factor[j] * by));
+    }
+  }
+}
+
 template <typename T>
 L2P_INLINE void forward_slab_rope(const NormShape& s, const NormData& d, int64_t index) {
   using A = Accumulator<T>;
@@ -149,6 +212,8 @@ void forward_slabs(const NormShape& s, const NormData& d, Element element, int64
       for (int64_t index = begin; index < end; ++index) {
         if (d.cos != nullptr) {
           forward_slab_rope<decltype(type)>(s, d, index);
+        } else if (s.rounding != Rounding::none) {
+          rounded_slab<decltype(type)>(s, d, index);
         } else {
           forward_slab<decltype(type)>(s, d, index);
         }
@@ -197,7 +262,7 @@ void finish(const NormShape& s, const NormData& d, int64_t begin, int64_t end) {
 }  // namespace
 
 void norm_forward_cpu(const NormShape& s, const NormData& d, Element element) {
-  prefer_huge_pages(d.out, row_count(s) * s.width * element_bytes(element));
+  prefer_huge_pages(d.out, row_count(s) * s.width * (s.rounding == Rounding::none ? element_bytes(element) : 1));
   torch::stable::parallel_for(0, s.groups * slabs_of_group(s), 1, [&](int64_t begin, int64_t end) {
     forward_slabs(s, d, element, begin, end);
   });

@@ -4,6 +4,8 @@
 // each slot touched by one thread alone. Query and key norms: some lanes of a warp take a row, which is short. A row is
 // read twice, the second time from the cache. Sums of slabs are added up by a second kernel in a fixed order: no
 // atomics.
+#include <cuda_fp8.h>
+
 #include "cuda.cuh"
 #include "norm.h"
 
@@ -12,6 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
+constexpr int kBytes = 16;  // results of 8 bits that are stored at once
 constexpr unsigned kAll = 0xffffffffu;
 
 // N consecutive elements at once where they are aligned, else one by one.
@@ -58,27 +61,41 @@ struct Pair {
   A first, second;
 };
 
-template <int kLanes, typename A>
+// How the second of a pair is joined with others; the first is added up.
+struct Add {
+  template <typename A>
+  __device__ A operator()(A a, A b) const {
+    return a + b;
+  }
+};
+struct Largest {
+  template <typename A>
+  __device__ A operator()(A a, A b) const {
+    return larger(a, b);
+  }
+};
+
+template <int kLanes, typename Second = Add, typename A>
 __device__ Pair<A> lanes_sum(Pair<A> value) {
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     value.first += __shfl_xor_sync(kAll, value.first, offset);
-    value.second += __shfl_xor_sync(kAll, value.second, offset);
+    value.second = Second{}(value.second, __shfl_xor_sync(kAll, value.second, offset));
   }
   return value;
 }
 
 // Every thread gets the block's sums. `parity` alternates between calls, so that one barrier is enough.
-template <typename A>
+template <typename Second = Add, typename A>
 __device__ Pair<A> block_sum(Pair<A> value, int parity) {
   __shared__ Pair<A> warps[2][kWarp];
-  value = lanes_sum<kWarp>(value);
+  value = lanes_sum<kWarp, Second>(value);
   if (threadIdx.x % kWarp == 0) warps[parity][threadIdx.x / kWarp] = value;
   __syncthreads();
   Pair<A> sum{0, 0};
   for (int w = 0; w < static_cast<int>(blockDim.x / kWarp); ++w) {
     sum.first += warps[parity][w].first;
-    sum.second += warps[parity][w].second;
+    sum.second = Second{}(sum.second, warps[parity][w].second);
   }
   return sum;
 }
@@ -127,6 +144,53 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormShape s, NormData
         for (int e = 0; e < N; ++e) result[e] += base.values[e];
       }
       Chunk<T, N, kWide>::put(out + j, result);
+    }
+  }
+}
+
+__device__ uint8_t to_byte(float value, Rounding rounding) {
+  if (rounding == Rounding::int8) return static_cast<uint8_t>(__float2int_rn(value));
+  return __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
+}
+
+// As forward_kernel, in 8 bits: the largest result is the largest |x * factor|, normed.
+template <typename T, int N, bool kWide>
+__global__ void __launch_bounds__(kThreads) rounded_kernel(NormShape s, NormData d) {
+  using A = Accumulator<T>;
+  A* factor = dynamic_shared<A>();
+  const Slab slab = slab_at(s, blockIdx.x);
+  fill_factor<T, N, kWide>(s, d, slab.group, factor);
+  for (int64_t row = slab.begin; row < slab.end; ++row) {
+    const T* x = static_cast<const T*>(d.x) + row_offset(s, s.x_stride, row);
+    uint8_t* out = static_cast<uint8_t*>(d.out) + row * s.width;
+    Pair<A> sum{0, 0};  // x^2, and the largest
+    for (int64_t j = threadIdx.x * N; j < s.width; j += blockDim.x * N) {
+      const Chunk<T, N, kWide> value(x + j);
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        const A product = value.values[e] * factor[slot(j, N, e, s.width)];
+        sum.first += value.values[e] * value.values[e];
+        sum.second = larger(product < 0 ? -product : product, sum.second);
+      }
+    }
+    sum = block_sum<Largest>(sum, row & 1);
+    const A r = inverse_root(sum.first / s.width + static_cast<A>(s.eps));
+    const float scale = scale_of(static_cast<float>(r * sum.second), s.rounding);
+    const A by = r / scale;
+    if (threadIdx.x == 0) d.row_scale[row] = scale;
+    for (int64_t j = threadIdx.x * N; j < s.width; j += blockDim.x * N) {
+      const Chunk<T, N, kWide> value(x + j);
+      Vector<uint8_t, N> bytes;
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        const A result = value.values[e] * factor[slot(j, N, e, s.width)] * by;
+        bytes.values[e] = to_byte(static_cast<float>(result), s.rounding);
+      }
+      if constexpr (kWide) {
+        store(out + j, bytes);
+      } else {
+        out[j] = bytes.values[0];
+      }
     }
   }
 }
@@ -345,6 +409,12 @@ const char* forward_block(const NormShape& s, const NormData& d, void* stream) {
 }
 
 template <typename T, int N, bool kWide>
+const char* rounded_block(const NormShape& s, const NormData& d, void* stream) {
+  const int64_t shared = s.width * static_cast<int64_t>(sizeof(Accumulator<T>));
+  return launch(rounded_kernel<T, N, kWide>, slab_count(s), threads_for(s.width, N), shared, stream, s, d);
+}
+
+template <typename T, int N, bool kWide>
 const char* backward_block(const NormShape& s, const NormData& d, void* stream) {
   const int64_t shared = 2 * s.width * static_cast<int64_t>(sizeof(Accumulator<T>));
   return launch(backward_kernel<T, N, kWide>, slab_count(s), threads_for(s.width, N), shared, stream, s, d);
@@ -377,6 +447,10 @@ const char* norm_forward_cuda(const NormShape& s, const NormData& d, Element ele
     const bool wide = chunks_are_aligned(s, d, sizeof(T));
     if (d.cos != nullptr) {
       return wide ? rope_by_width<T, kWidest>(s, d, stream) : rope<T, 2, false, kWarp>(s, d, stream);
+    }
+    if (s.rounding != Rounding::none) {
+      return wide && s.width % kBytes == 0 ? rounded_block<T, kBytes, true>(s, d, stream)
+                                           : rounded_block<T, 1, false>(s, d, stream);
     }
     return wide ? forward_block<T, kWidest, true>(s, d, stream) : forward_block<T, 1, false>(s, d, stream);
   });

@@ -213,6 +213,111 @@ def test_empty():
     assert ops.silu_mul(torch.empty(0, 3), torch.empty(0, 3)).shape == (0, 3)
 
 
+# --- In 8 bits -------------------------------------------------------------------------------------------------------
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+
+
+def in_steps(values: torch.Tensor) -> torch.Tensor:
+    """Values of 8 bits as numbers that count the dtype's own values: neighbours differ by 1."""
+    if values.dtype == torch.int8:
+        return values.int()
+    codes = values.view(torch.uint8).int()
+    return torch.where(codes < 128, codes, 128 - codes)
+
+
+def decoded(rows: ops.QuantizedRows) -> torch.Tensor:
+    return rows.values.double() * rows.scale.double()
+
+
+@pytest.mark.parametrize("to", EIGHT_BITS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_norm_to_8_bits_is_the_norm_and_then_the_rounding(dtype, to):
+    for shape in (*BLOCKS, (2, 9, 256)):
+        for modulation in ((shape[0], 1, shape[2]), (1, 1, shape[2]), shape):
+            *args, _ = block_inputs(shape, dtype, modulation)["norm_modulate"][2]
+            got = ops.norm_modulate_quantize(*args, EPS, to)
+            wanted = ops.norm_modulate_quantize_reference(*(t.detach() for t in args), EPS, to)
+            assert got.dtype == dtype and got.values.dtype == to and got.values.shape == shape
+            assert got.values.is_contiguous() and got.scale.shape == (*shape[:2], 1)
+            torch.testing.assert_close(got.scale, wanted.scale, rtol=1e-6, atol=0)
+            steps = (in_steps(got.values) - in_steps(wanted.values)).abs()
+            assert steps.max() <= 1 and steps.count_nonzero() <= 2 + steps.numel() // 1000, (shape, modulation)
+
+
+@pytest.mark.parametrize("to", EIGHT_BITS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_norm_to_8_bits_is_no_less_exact_than_two_roundings(dtype, to):
+    for shape in ((2, 64, 256), (1, 9, 70)):
+        *args, _ = (
+            a.detach() if isinstance(a, torch.Tensor) else a for a in block_inputs(shape, dtype)["norm_modulate"][2]
+        )
+        exact = ops.norm_modulate_reference(*(t.double() for t in args), EPS)
+        once = ops.norm_modulate_quantize(*args, EPS, to)
+        twice = ops.norm_modulate_quantize_reference(*args, EPS, to)
+        assert (decoded(once) - exact).norm() <= 1.02 * (decoded(twice) - exact).norm()
+        torch.testing.assert_close(once.scale, twice.scale, rtol=2**-6, atol=0)
+        largest = 127 if to == torch.int8 else 448
+        assert (once.values.float().abs().amax(-1) == largest).all()
+
+
+@pytest.mark.parametrize("to", EIGHT_BITS)
+def test_norm_to_8_bits_of_any_strides(to):
+    weight = normal(32, dtype=torch.bfloat16, seed=2)
+    for name, view in views(normal(2, 6, 32, dtype=torch.bfloat16, grad=False)).items():
+        for other, scale in views(normal(2, 6, 32, dtype=torch.bfloat16, seed=1, grad=False)).items():
+            got = ops.norm_modulate_quantize(view, weight, scale, EPS, to)
+            want = ops.norm_modulate_quantize(view.contiguous(), weight, scale.contiguous(), EPS, to)
+            torch.testing.assert_close(got.scale, want.scale, rtol=1e-6, atol=0, msg=f"{name}, {other}")
+            steps = (in_steps(got.values) - in_steps(want.values)).abs()
+            assert steps.max() <= 1 and steps.count_nonzero() <= 2, (name, other)
+
+
+@pytest.mark.parametrize("to", EIGHT_BITS)
+def test_every_value_rounds_to_the_nearest_of_8_bits(to):
+    """Of rows whose largest value is the dtype's own, so that scales are 1: ties and what is below them, too."""
+    values = torch.arange(-127, 128).to(to) if to == torch.int8 else torch.arange(256).to(torch.uint8).view(to)
+    values = values.float()[values.float().isfinite()].unique()
+    x = torch.cat([values, (values[1:] + values[:-1]) / 2, values * 1.03, values * 0.97, values / 300])
+    x = x[x.abs() <= values.max()].reshape(1, 1, -1)
+    # a norm that does nothing: the weight takes back what the root of the mean square takes away
+    weight = x.square().mean().sqrt().expand(x.shape[-1])
+    got = ops.norm_modulate_quantize(x.double(), weight.double(), torch.zeros(1, 1, 1).double().expand_as(x), 0.0, to)
+    torch.testing.assert_close(got.scale, torch.ones(1, 1, 1), rtol=1e-6, atol=0)
+    off = (got.values.float() - x).abs()
+    nearest = (values[:, None] - x.flatten()).abs().amin(0)
+    torch.testing.assert_close(off.flatten(), nearest, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("to", EIGHT_BITS)
+def test_norm_to_8_bits_of_extremes(to):
+    weight, scale = torch.ones(64), torch.zeros(1, 1, 64)
+    x = normal(1, 4, 64, grad=False)
+    x[0, 1] = 0
+    x[0, 2, 5] = torch.nan
+    x[0, 3, 63] = torch.inf
+    rows = ops.norm_modulate_quantize(x, weight, scale, EPS, to)
+    finite = decoded(rows).isfinite().all(-1)[0]
+    assert finite.tolist() == [True, True, False, False] and (decoded(rows)[0, 1] == 0).all()
+    scale[..., 7] = torch.nan
+    assert decoded(ops.norm_modulate_quantize(x[:, :1], weight, scale, EPS, to)).isnan().any()
+    for shape in ((0, 4, 8), (2, 0, 8)):
+        empty = ops.norm_modulate_quantize(torch.empty(shape), torch.ones(8), torch.zeros(1, 1, 8), EPS, to)
+        assert empty.values.shape == shape and empty.scale.shape == (*shape[:2], 1)
+    mixed = ops.norm_modulate_quantize(x[:, :1].bfloat16(), weight, torch.zeros(1, 1, 64), EPS, to)
+    assert mixed.dtype == torch.float32 and mixed.values.dtype == to
+
+
+def test_norm_to_8_bits_takes_no_gradient_and_no_other_dtype():
+    x, weight, scale = normal(2, 3, 8), normal(8, seed=1), normal(2, 1, 8, seed=2)
+    assert not ops.norm_modulate_quantize(x, weight, scale, EPS, torch.int8).scale.requires_grad
+    op = torch.ops.l2p_fast.norm_modulate_quantize
+    for to in EIGHT_BITS:
+        opcheck(op.default, (x.detach(), weight.detach(), scale.detach(), EPS, to))
+    if ops.extension_status().startswith("loaded"):
+        with pytest.raises(RuntimeError, match="int8 or float8_e4m3fn"):
+            op(x.detach(), weight.detach(), scale.detach(), EPS, torch.bfloat16)
+
+
 def test_sums_do_not_depend_on_threads():
     threads = torch.get_num_threads()
     (_, (fused, _, args)) = next(iter(block_inputs((2, 300, 1024), steps=("norm_modulate",)).items()))
@@ -329,7 +434,7 @@ def test_works_without_the_extension():
     """The same tests on the plain form: of values, gradients and shapes."""
     if os.environ.get("L2P_EXTENSION") == "0":
         pytest.skip("this run is without it")
-    names = "equals_reference or shared or gradcheck or empty"
+    names = "equals_reference or shared or gradcheck or empty or 8_bits"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names],
         capture_output=True,

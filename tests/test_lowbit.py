@@ -6,7 +6,10 @@ from tiny_pipeline import tiny_transformer, wide_transformer
 from torch import nn
 
 from l2p_fast.errors import UserError
+from l2p_fast.models.adapters import AdapterLayer
 from l2p_fast.models.zimage import L2PTransformer2DModel
+from l2p_fast.ops import QuantizedRows, quantize_rows
+from l2p_fast.quantize import products
 from l2p_fast.quantize.products import (
     DTYPES,
     LowBitLinear,
@@ -15,6 +18,7 @@ from l2p_fast.quantize.products import (
     lowbit_linear,
     lowbit_linear_reference,
     quantize,
+    quantize_block,
 )
 
 ERROR = {"fp8": 0.05, "int8": 0.02, "nf4": 0.15}  # of a product of normal numbers: mantissa, range, quantiles
@@ -36,6 +40,57 @@ def test_products(name):
         assert error.max() < ERROR[name], (name, product)
     near = lowbit_linear(x, rounded, scale).float() - lowbit_linear_reference(x, rounded, scale).float()
     assert near.norm() / exact.norm() < 4e-3  # bf16 results
+
+
+@pytest.mark.parametrize("name", ("fp8", "int8"))
+def test_rows_rounded_beforehand(name):
+    x = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight, scale = encode(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)), DTYPES[name])
+    for product in (lowbit_linear, lowbit_linear_reference):
+        assert torch.equal(product(quantize_rows(x, DTYPES[name]), weight, scale), product(x, weight, scale))
+
+
+@pytest.mark.parametrize("name", ("fp8", "int8"))
+@torch.no_grad()
+def test_layers_that_read_alike_share_one_rounding(name, monkeypatch):
+    """Queries, keys and values get one, w1 and w3 another, by the norm before them; and the block computes the same."""
+    block = wide_transformer().layers[0].to(torch.bfloat16)
+    quantize_block(block, name)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 32, 192, generator=random).bfloat16()
+    given = torch.randn(2, 4 * 192, generator=random).bfloat16() / 4
+    angles = torch.randn(1, 32, 1, 16, generator=random)
+    rope = angles.cos(), angles.sin()
+    read, seen = products.lowbit_linear, []
+    monkeypatch.setattr(products, "lowbit_linear", lambda x, *rest: (seen.append(x), read(x, *rest))[1])
+    shared = block(x, rope, modulation=given)
+    q, k, v, out, w1, w3, w2 = seen
+    assert all(isinstance(rows, QuantizedRows) and rows.values.dtype == DTYPES[name] for rows in (q, w1))
+    assert q is k is v and w1 is w3 and not any(isinstance(x, QuantizedRows) for x in (out, w2))
+    monkeypatch.setattr(LowBitLinear, "row_dtype", None)
+    seen.clear()
+    apart = block(x, rope, modulation=given)
+    assert not any(isinstance(x, QuantizedRows) for x in seen)
+    # an input that is rounded to bfloat16 first may be a step of 8 bits further; so are a few
+    assert (shared.float() - apart.float()).norm() <= 0.02 * apart.float().norm()
+
+
+@torch.no_grad()
+def test_layers_that_do_not_read_alike_share_nothing():
+    block = wide_transformer().layers[0]
+    assert block.attention.rows is None and block.feed_forward.rows is None
+    quantize_block(block, "int8")
+    assert block.attention.rows == block.feed_forward.rows == torch.int8
+    block.attention.to_k = nn.Linear(192, 192, bias=False)
+    add = AdapterLayer(block.feed_forward.w3)  # reads values
+    block.feed_forward.w3 = add
+    assert block.attention.rows is None and block.feed_forward.rows is None
+    block = wide_transformer().layers[0]
+    quantize_block(block, "nf4")
+    assert block.attention.rows is None
+    block = wide_transformer().layers[0]
+    quantize_block(block, "int8", rounds_inputs=False)
+    assert block.attention.rows is None
 
 
 def test_zero_rows_stay_zero():

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from ..ops import (
     Linear,
+    QuantizedRows,
     Rope,
     apply_rope,
     gate_norm_residual,
     norm_modulate,
+    norm_modulate_quantize,
     product_dtype,
     qk_norm_rope,
+    quantize_rows,
     rms_norm,
     silu_mul,
 )
@@ -54,14 +57,21 @@ class RMSNorm(nn.Module):
         residual: Tensor | None = None,
         gate: Tensor | None = None,
         rope: Rope | None = None,
-    ) -> Tensor:
-        """norm(x); with ``scale`` modulated, with ``rope`` turned, with ``residual`` added to it, gated by ``gate``."""
+        rows: torch.dtype | None = None,
+    ) -> Tensor | QuantizedRows:
+        """norm(x); with ``scale`` modulated, with ``rope`` turned, with ``residual`` added to it, gated by ``gate``.
+
+        With ``rows``, which goes with ``scale`` or alone, rounded row by row to that dtype of 8 bits.
+        """
+        if scale is not None and rows is not None:
+            return norm_modulate_quantize(x, self.weight, scale, self.eps, rows)
         if scale is not None:
             return norm_modulate(x, self.weight, scale, self.eps)
         if rope is not None:
             return qk_norm_rope(x, self.weight, rope, self.eps)
         if residual is None:
-            return rms_norm(x, self.weight, self.eps)
+            normed = rms_norm(x, self.weight, self.eps)
+            return normed if rows is None else quantize_rows(normed, rows)
         if gate is None:
             return residual + rms_norm(x, self.weight, self.eps)
         return gate_norm_residual(residual, x, self.weight, gate, self.eps)
@@ -98,6 +108,12 @@ class Keys(NamedTuple):
 ALL_KEYS = Keys()
 
 
+def shared_rows(*layers: nn.Module) -> torch.dtype | None:
+    """The dtype of the 8-bit rows (`ops.QuantizedRows`) that all of ``layers`` take in place of values; None: none."""
+    found = {getattr(layer, "row_dtype", None) for layer in layers}
+    return found.pop() if len(found) == 1 else None
+
+
 class AttnProcessor:
     """Self-attention over (B, N, D) through diffusers' attention dispatcher.
 
@@ -109,7 +125,7 @@ class AttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: Attention, x: Tensor, rope: Rope, keys: Keys = ALL_KEYS) -> Tensor:
+    def __call__(self, attn: Attention, x: Tensor | QuantizedRows, rope: Rope, keys: Keys = ALL_KEYS) -> Tensor:
         query, key, value = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         if attn.norm_q is not None:
             query, key = attn.norm_q(query, rope=rope), attn.norm_k(key, rope=rope)
@@ -128,7 +144,7 @@ class AttnProcessor:
             )
 
         if keys.rows is None:
-            out = attend(slice(None), x.shape[1])
+            out = attend(slice(None), query.shape[1])
         else:
             plain = keys.bias is None and self._parallel_config is None
             packed = packed_kernel(query, self._attention_backend) if plain else None
@@ -159,7 +175,12 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.norm_k = RMSNorm(dim // heads, eps) if qk_norm else None
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, x: Tensor, rope: Rope, keys: Keys = ALL_KEYS) -> Tensor:
+    @property
+    def rows(self) -> torch.dtype | None:
+        """The 8-bit dtype that `forward` can be given its input in."""
+        return shared_rows(self.to_q, self.to_k, self.to_v)
+
+    def forward(self, x: Tensor | QuantizedRows, rope: Rope, keys: Keys = ALL_KEYS) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         return self.processor(self, x, rope, keys)
 
@@ -174,7 +195,12 @@ class FeedForward(nn.Module):
         self.w2 = Linear(hidden, dim, bias=False)
         self.w3 = Linear(dim, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def rows(self) -> torch.dtype | None:
+        """The 8-bit dtype that `forward` can be given its input in."""
+        return shared_rows(self.w1, self.w3)
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         return self.w2(silu_mul(self.w1(x), self.w3(x)))
 
 
@@ -215,9 +241,9 @@ class TransformerBlock(nn.Module):
                 modulation = self.adaLN_modulation(temb)
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.unsqueeze(1).chunk(4, dim=-1)
         x = hidden_states
-        y = self.attention(self.attention_norm1(x, scale=scale_msa), rope, keys)
+        y = self.attention(self.attention_norm1(x, scale=scale_msa, rows=self.attention.rows), rope, keys)
         x = self.attention_norm2(y, residual=x, gate=gate_msa)
-        y = self.feed_forward(self.ffn_norm1(x, scale=scale_mlp))
+        y = self.feed_forward(self.ffn_norm1(x, scale=scale_mlp, rows=self.feed_forward.rows))
         return self.ffn_norm2(y, residual=x, gate=gate_mlp)
 
 

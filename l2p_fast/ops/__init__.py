@@ -34,12 +34,15 @@ from .norm import (
     gate_norm_residual,
     gate_norm_residual_reference,
     norm_modulate,
+    norm_modulate_quantize,
+    norm_modulate_quantize_reference,
     norm_modulate_reference,
     qk_norm_rope,
     qk_norm_rope_reference,
     rms_norm,
 )
 from .patchify import patchify, patchify_reference, unpatchify, unpatchify_reference
+from .rows import QuantizedRows, quantize_rows
 from .silu import silu_mul, silu_mul_reference
 from .update import euler_step, euler_step_, euler_step_reference, to_uint8, to_uint8_reference
 
@@ -47,6 +50,7 @@ __all__ = [
     "Linear",
     "DecoderWeights",
     "EncoderWeights",
+    "QuantizedRows",
     "Rope",
     "activate",
     "activate_reference",
@@ -69,12 +73,15 @@ __all__ = [
     "head_obstacle",
     "linear",
     "norm_modulate",
+    "norm_modulate_quantize",
+    "norm_modulate_quantize_reference",
     "norm_modulate_reference",
     "patchify",
     "patchify_reference",
     "product_dtype",
     "qk_norm_rope",
     "qk_norm_rope_reference",
+    "quantize_rows",
     "rms_norm",
     "silu_mul",
     "silu_mul_reference",

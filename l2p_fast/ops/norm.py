@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import QuantizedRows, quantize_rows
+
 Rope = tuple[Tensor, Tensor]  # cos and sin, each (B or 1, N, 1, E / 2) fp32
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -23,6 +25,9 @@ torch.library.define("l2p_fast::norm_modulate", f"({_NORM}, Tensor scale, float 
 torch.library.define(
     "l2p_fast::norm_modulate_backward",
     f"(Tensor grad, {_NORM}, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "l2p_fast::norm_modulate_quantize", f"({_NORM}, Tensor scale, float eps, ScalarType dtype) -> (Tensor, Tensor)"
 )
 torch.library.define("l2p_fast::gate_norm_residual", f"(Tensor residual, {_NORM}, Tensor gate, float eps) -> Tensor")
 torch.library.define(
@@ -52,6 +57,13 @@ def norm_modulate_reference(x: Tensor, weight: Tensor, scale: Tensor, eps: float
     return rms_norm(x, weight, eps) * (1 + scale)
 
 
+def norm_modulate_quantize_reference(
+    x: Tensor, weight: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> QuantizedRows:
+    """`norm_modulate_quantize` in plain PyTorch: its specification, and what runs where no kernel was compiled."""
+    return quantize_rows(norm_modulate_reference(x, weight, scale, eps), dtype)
+
+
 def gate_norm_residual_reference(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
     """`gate_norm_residual` in plain PyTorch: its specification, and what runs where no kernel was compiled."""
     return torch.addcmul(residual, gate.tanh(), rms_norm(x, weight, eps))
@@ -76,6 +88,12 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, factor: 
 @torch.library.impl("l2p_fast::norm_modulate", "CompositeExplicitAutograd")
 def _norm_modulate_plain(*args) -> Tensor:
     return norm_modulate_reference(*args).contiguous()
+
+
+@torch.library.impl("l2p_fast::norm_modulate_quantize", "CompositeExplicitAutograd")
+def _norm_modulate_quantize_plain(*args) -> tuple[Tensor, Tensor]:
+    values, scale, _ = norm_modulate_quantize_reference(*args)
+    return values.contiguous(), scale.contiguous()
 
 
 @torch.library.impl("l2p_fast::gate_norm_residual", "CompositeExplicitAutograd")
@@ -119,6 +137,11 @@ def _qk_norm_rope_backward_plain(grad: Tensor, x: Tensor, weight: Tensor, cos: T
 @torch.library.register_fake("l2p_fast::qk_norm_rope")
 def _like_x(x: Tensor, *args) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("l2p_fast::norm_modulate_quantize")
+def _quantized_like_x(x: Tensor, weight: Tensor, scale: Tensor, eps: float, dtype: torch.dtype):
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 @torch.library.register_fake("l2p_fast::gate_norm_residual")
@@ -192,6 +215,23 @@ def norm_modulate(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tenso
     if not _fit(x, scale):
         return norm_modulate_reference(x, weight, scale, eps)
     return torch.ops.l2p_fast.norm_modulate(x, weight, _per_row(scale, x), eps)
+
+
+def norm_modulate_quantize(x: Tensor, weight: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> QuantizedRows:
+    """`norm_modulate` rounded row by row to 8 bits (`quantize_rows`), for several products to read. No gradients.
+
+    Args:
+        x, weight, scale: as `norm_modulate`'s.
+        dtype: int8 or float8_e4m3fn.
+
+    Returns:
+        values (B, N, D), scales (B, N, 1), contiguous.
+    """
+    x, weight, scale = x.detach(), weight.detach().to(x.dtype), scale.detach()
+    if not _fit(x, scale):
+        return norm_modulate_quantize_reference(x, weight, scale, eps, dtype)
+    rounded = torch.ops.l2p_fast.norm_modulate_quantize(x, weight, _per_row(scale, x), eps, dtype)
+    return QuantizedRows(*rounded, x.dtype)
 
 
 def gate_norm_residual(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:

@@ -1,10 +1,11 @@
 """Weights of fewer bits for sampling: the blocks' linear layers in fp8 or int8, multiplied in 8 bits, or in 4 (nf4).
 
-In 8 bits each row has a scale, and activations are rounded row by row on the fly, so nothing needs calibration. In 4
-bits each 64 values of a row have a scale, and the weight is decoded for each product (NF4: Dettmers et al. 2023, arXiv
-2305.14314). Off by default, because it changes the image: `weight_error` tells how far the weights are off, `quantize`
-how far one prediction is. Weights take a half or 0.28 of bf16's memory; 8-bit matrix units are faster. Left out:
-training (`frozen` does that).
+In 8 bits each row has a scale, and activations are rounded row by row on the fly, so nothing needs calibration; what
+several layers read is rounded once, by the norm before them (`ops.norm_modulate_quantize`). In 4 bits each 64 values of
+a row have a scale, and the weight is decoded for each product (NF4: Dettmers et al. 2023, arXiv 2305.14314). Off by
+default, because it changes the image: `weight_error` tells how far the weights are off, `quantize` how far one
+prediction is. Weights take a half or 0.28 of bf16's memory; 8-bit matrix units are faster. Left out: training (`frozen`
+does that).
 
 M rows, K inputs, N outputs.
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..ops import Linear, product_dtype
+from ..ops import Linear, QuantizedRows, product_dtype, quantize_rows
 from .coded import CodedLinear
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}  # nf4: two values a byte
@@ -51,10 +52,8 @@ def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             index += scaled > bound
         pairs = index.flatten(-2).unflatten(-1, (-1, 2))
         return pairs[..., 0] << 4 | pairs[..., 1], scale
-    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-12) / largest
-    scaled = x.float() / scale
-    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scale
+    values, scale, _ = quantize_rows(x, dtype)
+    return values, scale
 
 
 @functools.cache
@@ -76,15 +75,18 @@ def decode(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def lowbit_linear_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def _rows(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
+    return x if isinstance(x, QuantizedRows) else quantize_rows(x, dtype)
+
+
+def lowbit_linear_reference(x: Tensor | QuantizedRows, weight: Tensor, scale: Tensor) -> Tensor:
     """`lowbit_linear` in fp32 from the same rounded values."""
     if weight.dtype == torch.uint8:
         index = torch.stack([weight >> 4, weight & 15], dim=-1).flatten(-2)
         values = torch.tensor(NF4, device=weight.device)[index.long()]
         return F.linear(x.float(), values * scale.repeat_interleave(BLOCK, dim=1)).to(x.dtype)
-    values, x_scale = encode(x.flatten(0, -2), weight.dtype)
-    out = F.linear(values.float(), weight.float()) * x_scale * scale.t()
-    return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+    values, x_scale, dtype = _rows(x, weight.dtype)
+    return (F.linear(values.float(), weight.float()) * x_scale * scale.t()).to(dtype)
 
 
 @functools.cache
@@ -94,23 +96,25 @@ def _adds_exactly() -> bool:
     return bool(torch._int_mm(values, values.t()).eq(32 * 127 * 127).all())
 
 
-def lowbit_linear(x: Tensor, weight: Tensor, scale: Tensor, rounds_inputs: bool = True) -> Tensor:
-    """x (..., K) times a weight that `encode` rounded: (..., N) in ``x``'s dtype, no gradients.
+def lowbit_linear(x: Tensor | QuantizedRows, weight: Tensor, scale: Tensor, rounds_inputs: bool = True) -> Tensor:
+    """x (..., K) times a weight that `encode` rounded: (..., N) in ``x``'s dtype, no gradients in 8 bits.
 
-    Without ``rounds_inputs`` a weight of 8 bits is decoded for the product, as one of 4 always is.
+    Without ``rounds_inputs`` a weight of 8 bits is decoded for the product, as one of 4 always is. With it ``x`` may be
+    rounded already, to the weight's dtype.
     """
     if weight.dtype == torch.uint8 or not rounds_inputs:
         wide = product_dtype(x.dtype, x.device)
         return F.linear(x.to(wide), decode(weight, scale, wide)).to(x.dtype)
-    if weight.dtype == torch.int8 and x.device.type == "cpu" and not _adds_exactly():
+    if weight.dtype == torch.int8 and weight.device.type == "cpu" and not _adds_exactly():
         return lowbit_linear_reference(x, weight, scale)
-    values, x_scale = encode(x.flatten(0, -2), weight.dtype)
+    rows = _rows(x, weight.dtype)
+    values, x_scale = rows.values.flatten(0, -2), rows.scale.flatten(0, -2)
     if weight.dtype == torch.int8:
         out = torch._int_mm(values, weight.t()) * x_scale * scale.t()
     else:  # its row-wise scales come with bf16 results only; sums of 3-bit products need no more than tensor cores keep
         scales = {"scale_a": x_scale, "scale_b": scale.t(), "out_dtype": torch.bfloat16}
         out = torch._scaled_mm(values, weight.t(), **scales, use_fast_accum=True)
-    return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+    return out.unflatten(0, rows.values.shape[:-1]).to(rows.dtype)
 
 
 class LowBitLinear(CodedLinear):
@@ -161,7 +165,12 @@ class LowBitLinear(CodedLinear):
         """(N, K) in ``dtype``."""
         return decode(self.weight, self.weight_scale, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def row_dtype(self) -> torch.dtype | None:
+        """Of the `ops.QuantizedRows` that it takes in place of values; None: none."""
+        return self.weight.dtype if self.rounds_inputs and self.weight.dtype != torch.uint8 else None
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         return lowbit_linear(x, self.weight, self.weight_scale, self.rounds_inputs)
 
     def extra_repr(self) -> str:

@@ -93,6 +93,20 @@ def norm(dice: random.Random) -> None:
     with_gradients(dice, *steps, (x, weight, given), (fused.__name__, x.shape, given.shape, dtype))
 
 
+def rounded(dice: random.Random) -> None:
+    dtype, b, n = dice.choice(DTYPES), dice.randrange(1, 4), dice.randrange(1, 12)
+    d, to = dice.choice((1, 7, 16, 33, 64, 264, 512, 1000, 3840, 4104)), dice.choice((torch.int8, torch.float8_e4m3fn))
+    x, weight = tensor(dice, b, n, d, dtype=dtype), tensor(dice, d, dtype=dtype)
+    given = tensor(dice, *dice.choice(((b, 1, d), (1, 1, d), (b, n, d))), dtype=dtype)
+    values, scale, _ = ops.norm_modulate_quantize(x, weight, given, 1e-5, to)
+    exact = ops.norm_modulate_reference(x.double(), weight.double(), given.double(), 1e-5)
+    what = "norm_modulate_quantize", x.shape, x.stride(), given.shape, dtype, to
+    near(scale, ops.quantize_rows(exact, to).scale, 1e-5, what)
+    step = 1.0 if to == torch.int8 else values.double().abs().clamp(min=2**-6) / 8
+    off = (values.double() - exact / scale).abs() / step
+    assert off.max() <= 0.51, (what, off.max())
+
+
 def rope(dice: random.Random) -> None:
     dtype, b, n, h = dice.choice(DTYPES), dice.randrange(1, 3), dice.randrange(1, 50), dice.randrange(1, 8)
     e = 2 * dice.choice((1, 3, 4, 8, 16, 32, 48, 64, 128, 160, 256))
@@ -195,7 +209,7 @@ def decode(dice: random.Random) -> None:
     near(torch.ops.l2p_fast.head_decode(*inputs), head.head_decode_reference(*inputs), 6e-3, what)
 
 
-CASES = (norm, rope, silu, patchify, update, uint8, encode, decode)
+CASES = (norm, rounded, rope, silu, patchify, update, uint8, encode, decode)
 
 
 def main(seconds: float = 60, first_seed: int = 0) -> int:

@@ -56,6 +56,14 @@ MUTANTS = (
         ALL,
     ),
     Mutant(
+        "a row's scale from what one warp has found",
+        "norm_cuda.cu",
+        "sum.second = Second{}(sum.second, warps[parity][w].second);",
+        "sum.second = w == 0 ? warps[parity][w].second : sum.second;",
+        NORM,
+        ALL,
+    ),
+    Mutant(
         "a barrier that only some threads reach",
         "norm_cuda.cu",
         "    part[threadIdx.y][threadIdx.x] = sum;\n    __syncthreads();",

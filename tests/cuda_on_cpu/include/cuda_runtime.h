@@ -140,6 +140,7 @@ template <typename T>
 void __stwb(T* to, T value) {
   *to = value;
 }
+inline int __float2int_rn(float x) { return std::isnan(x) ? 0 : static_cast<int>(std::nearbyint(x)); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __expf(float x) { return std::exp(x); }
