@@ -68,6 +68,17 @@ def norm_modulate(scale: Scale, make: Callable) -> Op:
     )
 
 
+def norm_modulate_quantize(scale: Scale, make: Callable) -> Op:
+    """What layers of 8 bits read: the same, rounded row by row."""
+    x, weight, factor = make(1, scale.grid**2, scale.wide), make(scale.wide), make(1, 1, scale.wide)
+    return (
+        lambda: ops.norm_modulate_quantize(x, weight, factor, EPS, torch.int8).values,
+        lambda: ops.quantize_rows(baselines.rms_norm(x, weight, EPS) * (1 + factor), torch.int8).values,
+        counts.moved(x.shape) + counts.moved(x.shape, size=1),
+        0.02,
+    )
+
+
 def gate_norm_residual(scale: Scale, make: Callable) -> Op:
     shape = 1, scale.grid**2, scale.wide
     residual, x, weight, gate = make(*shape), make(*shape), make(scale.wide), make(1, 1, scale.wide)
@@ -111,6 +122,7 @@ OPS = {
     "unpatchify 64": (unpatchify, {}),
     "guidance + Euler step": (update, {}),
     "RMSNorm x (1 + scale)": (norm_modulate, {}),
+    "RMSNorm x (1 + scale) to int8": (norm_modulate_quantize, {}),
     "residual + gate x RMSNorm": (gate_norm_residual, {}),
     "qk-RMSNorm + RoPE": (qk_norm_rope, {}),
     "SiLU x mul": (silu_mul, {}),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from benchmarks.counts import Work
 from benchmarks.measure import SCALES, Case, Limits, NotHere, error, finite
 from l2p_fast.errors import UserError
 from l2p_fast.models.detailer import DetailerHead
+from l2p_fast.sampling import graphs
 
 QUICK = SCALES["quick"]
 
@@ -170,6 +172,19 @@ def test_rows_hold_what_they_say(builder, arguments):
         case.run()
         assert case.check() <= case.tolerance
     assert case.work.flops and case.against
+
+
+@torch.no_grad()
+def test_a_row_by_a_graph_is_none_where_there_is_no_graph(monkeypatch):
+    arguments = {"variant": "ours by a graph", "patch": 64, "scale": QUICK, "device": "cpu"}
+    with pytest.raises(NotHere, match="no CUDA graph: there are none on cpu"):
+        step_rows.build(**arguments)
+    monkeypatch.setattr(graphs, "obstacle", lambda model, device: None)
+    monkeypatch.setattr(graphs, "capture", Mock(side_effect=RuntimeError("not permitted")))
+    case = step_rows.build(**arguments)
+    case.run()
+    with pytest.raises(NotHere, match="no CUDA graph: not permitted"):
+        case.run()
 
 
 def test_ratios():
