@@ -209,6 +209,26 @@ def test_rounded_weights_by_graphs(name, captures, caplog):
     assert len(captures) == 1 and not caplog.records
 
 
+@torch.no_grad()
+def test_out_of_memory_gives_the_graphs_back(captures, monkeypatch):
+    model = small("zimage")
+    given = model, texts(model, 20), texts(model, 7), (64, 32), torch.linspace(0, 0.9, 6)
+    plain, graphed = (Predictor(*given, cuda_graph=by) for by in (False, True))
+    pixels = torch.randn(1, 3, 64, 32, generator=torch.Generator().manual_seed(2))
+    for step in range(3):
+        graphed(pixels, step)
+    forward, left = model.forward, [torch.OutOfMemoryError("CUDA out of memory")]
+    monkeypatch.setattr(model, "forward", lambda *args, **more: forward(*args, **more) if not left else fail(left))
+    for step, guided in ((3, False), (4, True), (5, True), (5, True)):
+        found, wanted = graphed(pixels, step, guided), plain(pixels, step, guided)
+        assert torch.equal(found[0], wanted[0]) and not left and model.head.memory_mb == 64
+    assert len(captures) == 2
+
+
+def fail(errors: list[Exception]) -> None:
+    raise errors.pop()
+
+
 def test_a_pipeline_by_graphs_draws_the_same(captures):
     """Over two stages of different sizes, with prompts that a callback changes."""
     pipe = tiny_pipeline(coarse_size=2, coarse_strength=0.95)

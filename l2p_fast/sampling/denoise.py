@@ -187,6 +187,8 @@ class Predictor:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or not self._retreat():
                     raise
+            if self._graphed is not None:
+                self._graphed.forget()
             gc.collect()  # outside the handler: the exception's frames held the tensors
             if pixels.is_cuda:
                 torch.cuda.empty_cache()
@@ -229,6 +231,7 @@ class Predictor:
         now = head.memory_mb or (math.inf if self.caps[0].is_cuda else AUTO_MEMORY_MB)
         if smaller := next((mb for mb in _SMALLER_HEAD_MB if mb < now), None):
             head.memory_mb, head.band_rows = smaller, None  # kept for later runs: they would run out as well
+            self._conditions.clear()  # in which it is settled how the head runs
             logger.warning("out of memory: retrying with head bands of %g MB", smaller)
         elif self.rows_at_once > self.batch and not self.forced:
             self._run_at_once(self.batch)

@@ -69,6 +69,10 @@ class Graphed:
         graph.replay()
         return graph.out
 
+    def forget(self) -> None:
+        """Give back the memory of all graphs; what is called again is captured again."""
+        self._graphs.clear()
+
     def _captured(self, leaves: list[Any], form: pytree.TreeSpec) -> Graph | None:
         held = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         inputs = [leaf for leaf in held if isinstance(leaf, Tensor)]
@@ -77,7 +81,7 @@ class Graphed:
             return Graph(inputs, *capture(lambda: self.function(*args), inputs[0].device))
         except RuntimeError as error:  # each library refuses in its own way; too little memory is one, too
             self.obstacle = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
-            self._graphs.clear()
+            self.forget()
             logger.warning("no CUDA graph is used: %s", self.obstacle)
             return None
 
