@@ -178,6 +178,20 @@ def test_an_edit_has_a_coarse_start_too():
     assert [stage for stage, _ in seen] == ["full"] * 2  # the image itself is the start
 
 
+def test_what_is_kept_comes_back_whatever_a_callback_does(pipe):
+    image, mask = picture(48, 32), box(48, 32, 16, 0, 48, 32)
+
+    def change(p, step, t, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    def stop(p, step, t, tensors):
+        p._interrupt = step == 1
+
+    for callback in (change, stop):
+        out = pipe("a", image=image, mask_image=mask, callback_on_step_end=callback, **STEPS).images[0]
+        assert np.array_equal(np.array(out)[:, :16], np.array(image)[:, :16])
+
+
 def test_many_images_and_masks_of_any_form(pipe):
     images = [picture(48, 32, seed) for seed in (1, 2)]
     mask = box(48, 32, 24, 0, 48, 32)
@@ -393,6 +407,12 @@ def test_profile_and_orientation_of_image_to_image(run):
     Image.new("CMYK", (48, 32)).save("print.jpg", icc_profile=b"\0" * 16 + b"CMYK" + b"\0" * 108)
     run("a", "--image", "print.jpg", "--strength", 0.3, "--seed", 1, "--out", "out.png")
     assert "icc_profile" not in Image.open("out.png").info  # that of other numbers than these
+    picture(48, 32).save("large.jpg", icc_profile=SRGB + bytes(1 << 20))
+    run("a", "--image", "large.jpg", "--strength", 0.3, "--seed", 1, "--out", "out.png")
+    assert "icc_profile" not in Image.open("out.png").info  # PIL would not open the file with it
+    Image.fromarray(np.full((32, 48), 30_000, np.uint16)).save("deep.png")
+    run("a", "--image", "deep.png", "--outpaint", "0,0,16,0", "--seed", 1, "--out", "out.png")
+    assert (pixels("out.png")[:, :48] == 117).all()  # 16 bits of gray
 
 
 def test_jpg_says_that_it_keeps_nothing(run, capsys):

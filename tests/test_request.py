@@ -138,7 +138,7 @@ def stranger(path: Path, text: str, **settings) -> str:
 @pytest.fixture
 def no_way_out(monkeypatch):
     """Nothing may be opened, looked for or fetched by what a stranger's image says."""
-    for name in ("find_model", "check_text_encoder", "check_lora", "read_image"):
+    for name in ("find_model", "find_draft", "check_text_encoder", "check_lora", "read_image", "read_mask"):
         monkeypatch.setattr(sample, name, lambda *a, **k: pytest.fail("touched what a stranger named"))
 
 
@@ -148,6 +148,11 @@ def no_way_out(monkeypatch):
         ({"model": "/etc"}, "names --model '/etc'; add these options, or --trust"),
         ({"text_encoder": "evil/repo"}, "names --text-encoder 'evil/repo'"),
         ({"image": "/dev/zero", "strength": 0.5}, "names --image '/dev/zero'"),
+        ({"image": "a", "mask": "/dev/zero"}, "names --image 'a' --mask '/dev/zero'"),
+        ({"refine": 0.3, "draft": "evil/repo"}, "names --draft 'evil/repo'"),
+        ({"image": "a", "outpaint": "1e9"}, "damaged .outpaint must be"),
+        ({"image": "a", "mask": "b", "mask_blend": 10**9}, "damaged .mask_blend must be"),
+        ({"draft": "a\0b"}, "damaged .draft is not a path"),
         ({"attention": "flash_hub"}, "names --attention 'flash_hub'"),
         (
             {"lora": [{"file": "/dev/zero", "scale": 0.5}, {"file": "b"}]},

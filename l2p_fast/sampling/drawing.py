@@ -32,6 +32,7 @@ FORMATS = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
 SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 LARGEST_SIDE = {"webp": 16383, "jpg": 65535}
 LARGEST_IMAGE = 2**30  # pixels of an image that is read
+LARGEST_PROFILE = 2**20 - 1  # bytes of an ICC profile; PIL opens no PNG with a larger one
 _DESCRIPTION, _SOFTWARE = 0x010E, 0x0131  # EXIF tags
 _SEGMENT = 60_000  # bytes of settings in a JPEG segment, which holds 65,533 in all
 _MARKER, _SIGNATURE = "APP9", b"l2p_fast\0"
@@ -143,10 +144,8 @@ def read_image(field: str, path: str) -> Image:
     Raises:
         UserError: as `open_image`; a damaged file.
     """
-    from PIL import ImageOps
-
     image = open_image(field, path)
-    return _decoded(field, path, lambda: ImageOps.exif_transpose(image).convert("RGB"))
+    return _decoded(field, path, lambda: upright(image).convert("RGB"))
 
 
 def _decoded(field: str, path: str, decode: Callable[[], Image]) -> Image:
@@ -156,13 +155,19 @@ def _decoded(field: str, path: str, decode: Callable[[], Image]) -> Image:
         raise UserError(f"{field}: {path} is not a readable image ({' '.join(str(error).split())})") from error
 
 
-def as_mask(image: Image) -> Image:
-    """A mask as 8 bits of gray, upright; where it is transparent it is black."""
-    from PIL import ImageChops, ImageOps
+def upright(image: Image) -> Image:
+    """``image`` turned as its EXIF says, in 8 bits where it was gray of 16."""
+    from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        return image.point(lambda value: value * (1 / 257)).convert("L")
+    return image.point(lambda value: value * (1 / 257) + 0.5).convert("L") if image.mode.startswith("I") else image
+
+
+def as_mask(image: Image) -> Image:
+    """A mask as 8 bits of gray, upright; where it is transparent it is black."""
+    from PIL import ImageChops
+
+    image = upright(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return ImageChops.multiply(image.convert("L"), image.getchannel("A"))
@@ -200,9 +205,10 @@ def check_mask(size: tuple[int, int], wanted: tuple[int, int], most: int, field:
 
 
 def color_profile(image: Image) -> bytes | None:
-    """The ICC profile that belongs to the RGB values of ``image``; None: it has none."""
+    """The ICC profile that belongs to the RGB values of ``image``; None: it has none, or none that files can hold."""
     profile = image.info.get("icc_profile")
-    return profile if isinstance(profile, bytes) and profile[16:20] == b"RGB " else None
+    fits = isinstance(profile, bytes) and len(profile) <= LARGEST_PROFILE and profile[16:20] == b"RGB "
+    return profile if fits else None
 
 
 def read_settings(field: str, path: str) -> dict[str, Any]:

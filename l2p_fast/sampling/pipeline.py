@@ -529,6 +529,8 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
                 del source
                 if not self._interrupt:
                     pixels = stage("full", pixels, first, total if coarse else 0, kept)
+                if kept is not None:  # also where a callback has stopped the run, or changed the last state
+                    kept.put_source_(pixels, total - 1)
         finally:
             if lora_scale is not None:
                 unscale_lora_layers(self.transformer, lora_scale)

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
 from ..errors import UserError
-from .drawing import as_mask, check_mask
+from .drawing import as_mask, check_mask, upright
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -54,7 +53,7 @@ def images_of(image: Any) -> list[Any]:
 def size_of(image: Any) -> tuple[int, int]:
     """(height, width) of a single image, upright."""
     if isinstance(image, PIL.Image.Image):
-        width, height = PIL.ImageOps.exif_transpose(image).size
+        width, height = upright(image).size
         return height, width
     height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.shape[-2:]
     return int(height), int(width)
@@ -75,7 +74,7 @@ def image_to_tensor(image: Any, height: int | None = None, width: int | None = N
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         image = PIL.Image.fromarray(image)
     if isinstance(image, PIL.Image.Image):
-        image = PIL.ImageOps.exif_transpose(image).convert("RGB")
+        image = upright(image).convert("RGB")
         if height and image.size != (width, height):
             image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
