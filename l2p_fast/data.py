@@ -6,6 +6,7 @@ Each step reads what the one before wrote, and goes on where it was when the sam
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from .datamaking.duplicates import Embeddings
 from .datamaking.filters import RULES, Bounds, filter_lines
 from .datamaking.gate import ClipGate
 from .datamaking.growth import grow
+from .datamaking.image_options import ENGINES, add_image_options
 from .datamaking.image_sets import ImageSet, Share, read_table, write_shards
 from .datamaking.llm_options import add_options, language_model, within
 from .datamaking.plan import make_plan
@@ -124,12 +126,16 @@ def images(args: argparse.Namespace) -> int:
     within(args, "gate_least", -1, 1)
     written = read_prompt_file(args.prompts)[: args.limit]
     format = choose("format", args.format.lower(), FORMATS)
+    by_ray = choose("engine", args.engine, ENGINES) == "ray"
+    within(args, "workers", 1, 10_000)
+    if args.workers and not by_ray:
+        raise UserError("--workers goes with --engine ray; without it torchrun starts the processes")
     check_number("height", args.res, "res")
     height, width = args.height or args.res or args.width, args.width or args.res or args.height
     request = Request("", args.seed, args.negative, height, width, args.steps, args.guidance)
     setup = Setup(
         model=args.model, text_encoder=args.text_encoder, dtype=args.dtype, device=args.device,
-        quantize=args.quantize, offload=args.offload,
+        quantize=args.quantize, offload=args.offload, lora=tuple(args.lora or ()),
     )  # fmt: skip
     try:
         source = painters.Source.of(setup, request, args.pipeline)
@@ -137,14 +143,19 @@ def images(args: argparse.Namespace) -> int:
         if args.res is None or error.field not in ("height", "width"):
             raise
         raise FieldError("res", error.problem) from None
-    share = Share.of_environment()
+    share = Share() if by_ray else Share.of_environment()
     made = ImageSet(args.out, written, args.each, source, format, args.gate, args.gate_least)
     mine, waiting, failed = made.jobs[share.rank :: share.world], made.waiting(share), 0
     if len(mine) > len(waiting):
         print(f"{len(mine) - len(waiting)} images are finished and skipped")
     made.start()
     try:
-        if waiting:
+        if waiting and by_ray:
+            from .datamaking import ray_workers
+
+            with contextlib.closing(ray_workers.draw(made, waiting, args.workers, args.device)) as outcomes:
+                failed = made.follow(outcomes, len(waiting), bar=not args.no_progress)
+        elif waiting:
             painter, report = source.painter(share.device(args.device))
             gate = ClipGate(args.gate, share.device(args.device)) if args.gate else None
             print("\n".join(report), flush=True)
@@ -205,27 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=filter_prompts)
 
     sub = steps.add_parser("images", help="draw images of prompts, in the layout that training reads")
-    add = sub.add_argument
-    add("prompts", help="a .jsonl, a .txt with a prompt a line, or starter: the set that ships")
-    add("--out", required=True, metavar="FOLDER", help="an interrupted run goes on there")
-    add("--model", help="file, folder or pipeline folder of an L2P model (default: a bundled one)")
-    add("--text-encoder", help="folder or hub id with text_encoder/ and tokenizer/")
-    add("--pipeline", help="instead: folder or hub id of any diffusers text-to-image pipeline")
-    add("--each", type=int, default=2, help="images of a prompt, with seeds counting up (default: 2)")
-    add("--seed", type=int, default=0, help="of the first image (default: 0)")
-    for name in ("res", "height", "width"):
-        add(f"--{name}", type=int, help="in pixels (default: the model's own)")
-    add("--steps", type=int, help="denoising steps (default: the model's)")
-    add("--guidance", type=float, help="guidance scale (default: the model's)")
-    add("--negative", default="", help="prompt to steer away from")
-    add("--limit", type=int, metavar="N", help="the first N prompts")
-    add("--format", default="png", help="png (default), jpg or webp")
-    for name, words in (("device", "auto"), ("dtype", "auto"), ("quantize", "none"), ("offload", "none")):
-        add(f"--{name}", default=words, help=f"as for l2p sample (default: {words})")
-    add("--gate", metavar="FOLDER", help="leave out images that a CLIP model finds far from their prompt")
-    add("--gate-least", type=float, metavar="SCORE", help="cosine that an image must have")
-    add("--shards", type=int, metavar="N", help="write WebDataset shards of N images, too, once all are drawn")
-    add("--no-progress", action="store_true", help="no progress bar")
+    add_image_options(sub)
     sub.set_defaults(run=images)
 
     sub = steps.add_parser("stats", parents=[known], help="count, and show on one HTML page")

@@ -532,6 +532,73 @@ def test_clip_scores(tmp_path):
         ClipGate(str(tmp_path))
 
 
+def test_ray_draws_what_a_killed_worker_had(tmp_path, monkeypatch, capsys):
+    """A worker dies with a piece in its hands: what it had drawn stays as it is, and another draws the rest."""
+    ray = pytest.importorskip("ray", reason="pip install l2p_fast[ray]")
+    from plain_source import PlainSource
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{Path(data.__file__).parents[1]}{os.pathsep}{Path(__file__).parent}")
+    monkeypatch.setattr(painters, "Source", PlainSource)
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    prompts = [f"a star, number {n}" for n in range(40)]
+    prompts[5], prompts[7] = "a star, deadly", "a star, unlucky"
+    Path("p.txt").write_text("\n".join(prompts))
+    argv = ["p.txt", "--out", "set", "--each", 1, "--engine", "ray"]
+    with pytest.raises(UserError, match="--workers is 2, and Ray has 1 CPUs"):
+        images(*argv, "--workers", 2)
+    try:
+        assert images(*argv) == 1  # one can't be drawn
+    finally:
+        ray.shutdown()
+    drawn = Path("drawn.txt").read_text().split()
+    assert sorted(map(int, drawn)) == sorted([*range(40), 5]) and Path("died").exists()
+    assert len(image_sets.read_table(Path("set"))) == 39 and "000007_0.png is not drawn" in capsys.readouterr().err
+    assert images(*argv[:-2]) == 1 and len(Path("drawn.txt").read_text().split()) == 42  # the other engine goes on
+
+
+def test_workers_are_those_of_ray(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workers goes with --engine ray"):
+        images("starter", "--out", "set", "--workers", 2)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"--engine ray needs the package ray: pip install l2p_fast\[ray\]"):
+        images("starter", "--out", "set", "--limit", 1, "--engine", "ray")
+
+
+def test_images_with_a_lora(tmp_path, monkeypatch):
+    """Of a model of ours and of a pipeline; another LoRA is another set."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tiny_pipeline import save_tiny
+
+    monkeypatch.chdir(tmp_path)
+    save_tiny(Path("pipe"))
+    name, rng = "layers.0.attention.to_q", torch.Generator().manual_seed(0)
+    width = load_file("pipe/transformer/diffusion_pytorch_model.safetensors")[f"{name}.weight"].shape[0]
+    sides = {"A": (4, width), "B": (width, 4)}
+    pair = {f"transformer.{name}.lora_{k}.weight": torch.randn(v, generator=rng) for k, v in sides.items()}
+    save_file(pair, "style.safetensors")
+    prompt_file(Path("p.jsonl"), 1)
+    pixels = {}
+    for kind in ("model", "pipeline"):
+        argv = ["p.jsonl", f"--{kind}", "pipe", "--steps", 1, "--each", 1]
+        for what, more in (("plain", []), ("lora", ["--lora", "style.safetensors:2"])):
+            assert images(*argv, "--out", f"{kind}-{what}", *more) == 0
+            pixels[kind, what] = np.array(Image.open(f"{kind}-{what}/images/000000_0.png"))
+        assert not np.array_equal(pixels[kind, "plain"], pixels[kind, "lora"])
+        assert json.loads(Path(f"{kind}-lora/set.json").read_text())["lora"] == ["style.safetensors:2.0"]
+        before = Path(f"{kind}-lora/images/000000_0.png").stat().st_mtime_ns
+        assert images(*argv, "--out", f"{kind}-lora", "--lora", "style.safetensors:2") == 0
+        assert Path(f"{kind}-lora/images/000000_0.png").stat().st_mtime_ns == before
+        with pytest.raises(UserError, match="holds images with lora .*style.*, not None"):
+            images(*argv, "--out", f"{kind}-lora")
+    assert np.array_equal(pixels["model", "lora"], pixels["pipeline", "lora"])
+    with pytest.raises(UserError, match="--lora nowhere does not exist"):
+        images("p.jsonl", "--out", "x", "--lora", "nowhere")
+
+
 def test_any_diffusers_pipeline_draws(tmp_path, monkeypatch):
     from tiny_pipeline import save_tiny
 

@@ -18,7 +18,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class ImageSet:
         if len(prompts) * each > MOST:
             raise FieldError("each", f"makes {len(prompts) * each} images; at most {MOST} a folder: use {{limit}}")
         folder = self.folder = Path(out)
-        self.prompts, self.format, self.least = prompts, format, least
+        self.prompts, self.source, self.format, self.gate, self.least = prompts, source, format, gate, least
         base, self._setup = source.request, source.setup
         self.jobs: list[Job] = []
         for index, prompt in enumerate(prompts):
@@ -103,6 +103,8 @@ class ImageSet:
         check_writable(self.jobs[0].path)
         shared = {key: value for key, value in base.as_dict().items() if key not in ("prompt", "cfg_batch")}
         self._settings = {**shared, "model": source.name, "each": each, "format": format, "gate": gate}
+        if self._setup.lora:
+            self._settings["lora"] = list(map(str, self._setup.lora))
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -132,27 +134,44 @@ class ImageSet:
         return is_finished(job, self._setup, any_seed=False)
 
     def draw(self, painter: Painter, jobs: Sequence[Job], gate: ClipGate | None, bar: bool) -> int:
-        """Draw ``jobs`` and write them; returns how many could not be drawn.
+        """Draw ``jobs`` one after the other, and `follow` them."""
+        return self.follow(((job, self.draw_one(painter, job, gate)) for job in jobs), len(jobs), bar)
+
+    def draw_one(self, painter: Painter, job: Job, gate: ClipGate | None) -> str | None:
+        """Draw ``job`` and write it, unless it is there; returns why it can't be drawn, or None.
 
         Raises:
-            UserError: a setting that the model can't take, or `FAILURES` images in a row that can't be drawn.
+            FieldError: a setting that the model can't take.
+        """
+        if self._is_drawn(job):
+            return None
+        try:
+            drawing = painter(job.request)
+        except FieldError:
+            raise
+        except UserError as error:
+            return str(error)
+        settings = drawing.settings
+        if gate is not None:
+            settings = settings | {"score": gate.score(drawing.image, job.request.prompt)}
+        save_image(drawing.image, job.path, self.format, settings)
+        return None
+
+    def follow(self, outcomes: Iterable[tuple[Job, str | None]], total: int, bar: bool) -> int:
+        """Show the progress of what `draw_one` returns of each of ``total`` jobs; returns how many were not drawn.
+
+        Raises:
+            UserError: `FAILURES` images in a row that can't be drawn.
         """
         failed = in_a_row = 0
-        for job in tqdm(jobs, desc="images", disable=not (bar and sys.stderr.isatty())):
-            try:
-                drawing = painter(job.request)
-            except FieldError:
-                raise
-            except UserError as error:
-                failed, in_a_row = failed + 1, in_a_row + 1
-                if in_a_row >= FAILURES:
-                    raise
-                tqdm.write(f"note: {job.path.name} is not drawn: {error}", file=sys.stderr)
+        for job, problem in tqdm(outcomes, desc="images", total=total, disable=not (bar and sys.stderr.isatty())):
+            if problem is None:
+                in_a_row = 0
                 continue
-            in_a_row, settings = 0, drawing.settings
-            if gate is not None:
-                settings = settings | {"score": gate.score(drawing.image, job.request.prompt)}
-            save_image(drawing.image, job.path, self.format, settings)
+            failed, in_a_row = failed + 1, in_a_row + 1
+            if in_a_row >= FAILURES:
+                raise UserError(problem)
+            tqdm.write(f"note: {job.path.name} is not drawn: {problem}", file=sys.stderr)
         return failed
 
     def write_tables(self) -> tuple[int, int]:

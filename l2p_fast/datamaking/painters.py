@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .. import __version__
 from ..errors import UserError
 from ..files import near_path
 from ..sampling.drawing import Drawing
-from ..sampling.facts import check_memory, check_text_encoder, find_model
-from ..sampling.request import Request, Setup, check_size
+from ..sampling.facts import check_lora, check_memory, check_text_encoder, find_model
+from ..sampling.request import Lora, Request, Setup, check_size
 from .llm import short
 
 Painter = Callable[[Request], Drawing]
@@ -38,8 +39,10 @@ class Source:
         """What ``pipeline`` names, or else ``setup``.
 
         Raises:
-            UserError: nothing there, or a size that it can't draw.
+            UserError: nothing there, a size that it can't draw, or a file of ``setup`` that holds no LoRA.
         """
+        for lora in setup.lora:
+            check_lora(lora)
         if pipeline is not None:
             check_pipeline(pipeline)
             return cls(pipeline, request, setup, True)
@@ -54,7 +57,7 @@ class Source:
     def painter(self, device: str) -> tuple[Painter, list[str]]:
         """Load it onto ``device``; returns what draws, and lines on what runs."""
         if self.is_pipeline:
-            return pipeline_painter(self.name, device, self.setup.dtype)
+            return pipeline_painter(self.name, device, self.setup.dtype, self.setup.lora)
         return session_painter(replace(self.setup, device=device), max(self.request.height, self.request.width))
 
 
@@ -84,11 +87,11 @@ def check_pipeline(name: str) -> None:
         raise UserError(f"--pipeline {name} is neither a folder nor a hub id{near_path(name)}")
 
 
-def pipeline_painter(name: str, device: str, dtype: str) -> tuple[Painter, list[str]]:
+def pipeline_painter(name: str, device: str, dtype: str, loras: Sequence[Lora] = ()) -> tuple[Painter, list[str]]:
     """That of a diffusers pipeline, of which no Python file is run; ``guidance`` is what it takes guidance for.
 
     Raises:
-        UserError: it can't be loaded, or draws no images of prompts.
+        UserError: it can't be loaded, draws no images of prompts, or takes no such LoRA.
     """
     import diffusers
     import torch
@@ -107,9 +110,10 @@ def pipeline_painter(name: str, device: str, dtype: str) -> tuple[Painter, list[
     takes = inspect.signature(pipe.__call__).parameters
     if "prompt" not in takes or "generator" not in takes:
         raise UserError(f"{type(pipe).__name__} in {name} draws no images of prompts; give a text-to-image pipeline")
+    lay_loras(pipe, loras)
     pipe.set_progress_bar_config(disable=True)
-    made_by = {"model": name, "pipeline": type(pipe).__name__, "version": __version__, "torch": torch.__version__}
-    made_by["diffusers"] = diffusers.__version__
+    made_by = {"model": name, "pipeline": type(pipe).__name__, "lora": [lora.as_dict() for lora in loras]}
+    made_by |= {"version": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
     def draw(request: Request) -> Drawing:
         asked = {
@@ -126,7 +130,30 @@ def pipeline_painter(name: str, device: str, dtype: str) -> tuple[Painter, list[
         except (ValueError, RuntimeError, TypeError) as error:  # torch's lack of memory among them
             raise UserError(
                 f"{type(pipe).__name__} can't draw {request.width} x {request.height}: {short(error)}"
-            ) from (error)
+            ) from error
         return Drawing(image, {**request.as_dict(), **made_by}, {})
 
     return draw, [f"pipeline   {type(pipe).__name__} of {name}", f"device     {device}, {dtype}"]
+
+
+def lay_loras(pipe: Any, loras: Sequence[Lora]) -> None:
+    """Lay ``loras`` over a diffusers pipeline by its own loader, each at its scale.
+
+    Raises:
+        UserError: the pipeline has no such loader, or it refuses a file.
+    """
+    if loras and not hasattr(pipe, "load_lora_weights"):
+        raise UserError(f"{type(pipe).__name__} takes no LoRA; leave --lora out")
+    from ..formats.lora import files_of
+
+    names = [f"lora_{number}" for number in range(len(loras))]
+    for adapter, lora in zip(names, loras, strict=True):
+        files = [file for file in files_of(lora.file) if file.suffix == ".safetensors"]
+        if len(files) != 1:
+            raise UserError(f"--lora {lora.file} holds {len(files)} files for one LoRA; name the one to take")
+        try:
+            pipe.load_lora_weights(str(files[0].parent), weight_name=files[0].name, adapter_name=adapter)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+            raise UserError(f"--lora {lora.file} does not fit {type(pipe).__name__}: {short(error)}") from error
+    if loras:
+        pipe.set_adapters(names, [lora.scale for lora in loras])
