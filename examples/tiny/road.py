@@ -11,6 +11,7 @@ well. Z-Image has its own stages.
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -58,6 +59,7 @@ TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "
 TEXT_TOKENS = 16  # of a prompt, where a source attends its padding
 PROMPTS = [Prompt((Group(1, shape, color),), task="colors") for color in COLORS for shape in SHAPES]
 OF_PIXELS = {"text_tokens": TEXT_TOKENS, "x0_floor": 0.1}  # a small head need not carry the noise through
+SAVE_EVERY = 200  # steps of the pixel models
 RATES = {"source": 2e-3, "transfer": 2e-3, "scratch": 2e-3}
 
 
@@ -214,7 +216,11 @@ def draw_corpus(folder: Path, source: str, count: int) -> int:
     Raises:
         UserError: none does.
     """
-    corpus, (model, vae) = folder / "corpus", load_source(folder, source)
+    corpus = folder / "corpus"
+    if (corpus / "metadata.csv").exists():
+        with open(corpus / "metadata.csv", newline="") as file:
+            return sum(1 for _ in csv.DictReader(file))
+    model, vae = load_source(folder, source)
     corpus.mkdir(exist_ok=True)
     rows = []
     for start in tqdm(range(0, count, BATCH), desc="corpus", disable=not sys.stderr.isatty()):
@@ -237,22 +243,26 @@ def begin(*words: str | Path) -> subprocess.Popen:
 
 
 def end(*running: subprocess.Popen) -> None:
-    for one in running:
-        if one.wait():
-            raise UserError(f"l2p {' '.join(one.args[3:5])} failed; see above")
+    """Wait for commands; where one fails, the others are ended, too."""
+    try:
+        for one in running:
+            if one.wait():
+                raise UserError(f"l2p {' '.join(one.args[3:5])} failed; see above")
+    finally:
+        for one in running:
+            if one.poll() is None:
+                one.terminate()  # a training saves its state
+                one.wait()
 
 
 def transfer(folder: Path, source: str, minutes: float) -> None:
     """Both pixel models by ``l2p train``, at the same time on the same machine."""
-    start = folder / "init.safetensors"
-    end(
-        begin(
-            "convert", "init", folder / "source", "--res", "1k", "--head-width", "0.25", "--overwrite", "--out", start
-        )
-    )
-    base = Checkpoint(start)
-    torch.manual_seed(1)
-    save_single_file(model_class(source)(**base.l2p_config()), folder / "nothing.safetensors")
+    start, nothing = base_of(folder, "transfer"), base_of(folder, "scratch")
+    if not start.exists():
+        end(begin("convert", "init", folder / "source", "--res", "1k", "--head-width", "0.25", "--out", start))
+    if not nothing.exists():
+        torch.manual_seed(1)
+        save_single_file(model_class(source)(**Checkpoint(start).l2p_config()), nothing)
     features = Features(folder / "features")
     texts = features.missing(["", *(prompt.text for prompt in PROMPTS)])
     if texts:
@@ -260,7 +270,8 @@ def transfer(folder: Path, source: str, minutes: float) -> None:
     running = []
     for name, policy in (("transfer", {"policy": "paper", "n": 1}), ("scratch", {"policy": "full"})):
         config = {
-            "run": str(folder / name), "steps": 1_000_000, "minutes": minutes, "save_every": 100_000, "freeze": policy,
+            "run": str(folder / name), "steps": 1_000_000, "minutes": minutes, "save_every": SAVE_EVERY,
+            "freeze": policy,
             "model": {"base": str(base_of(folder, name)), "weights": "float32", "compute": "float32"},
             "objective": {"sigma": "continuous", "shift": SHIFT, "noise": "fresh", "pyramid": 0.25},
             "data": {"path": str(folder / "corpus"), "caption_dropout": 0.1, "features": str(folder / "features"),
@@ -300,24 +311,69 @@ def score(folder: Path, source: str, seeds: int) -> dict:
         ).images  # fmt: skip
     told: dict = {"class": source, "prompts": len(prompts)}
     for name, images in drawn.items():
-        right = [matches(prompt, read(image)) for prompt, image in zip(prompts, images, strict=True)]
-        told[name] = round(float(np.mean(right)), 3)
+        right = np.array([matches(prompt, read(image)) for prompt, image in zip(prompts, images, strict=True)], float)
+        of_prompt = right.reshape(len(PROMPTS), seeds).mean(axis=1)
+        told[name] = round(float(right.mean()), 3)
+        told[f"{name} error"] = round(float(of_prompt.std(ddof=1) / len(PROMPTS) ** 0.5), 3)
     shown = list(range(0, len(prompts), max(1, len(prompts) // 10)))[:10]
     sheet = contact_sheet((images[i] for images in drawn.values() for i in shown), len(shown), side=96)
-    sheet.save(folder / "sheet.png")
+    with atomic_path(folder / "sheet.png") as temporary:
+        sheet.save(temporary, "PNG")
     return told
 
 
-def run(folder: Path, source: str, minutes: float, pictures: int, count: int, seeds: int) -> dict:
-    """All stages; half of ``minutes`` for the latent model, half for the two pixel models, which train side by side."""
-    if not (folder / "source").exists():
-        train_source(folder, source, minutes / 2, pictures)
-    kept = draw_corpus(folder, source, count)
-    transfer(folder, source, minutes / 2)
-    told = {"images kept": kept, "images drawn": count, "minutes of each": minutes / 2} | score(folder, source, seeds)
+TITLES = {
+    "source": "latent source", "transfer": "pixel model, transferred",
+    "scratch": "pixel model, from nothing, in the same time",
+}  # fmt: skip
+
+
+def table(told: dict) -> str:
+    """The result as a page's table; the rows of the sheet are its rows."""
+    lines = ["| model | minutes | steps | parameters | of which trained | right |", "|---|---|---|---|---|---|"]
+    for name, title in TITLES.items():
+        of = {key: told[f"{name} {key}"] for key in ("steps", "parameters", "trained")}
+        right = f"{told[name]:.1%} ± {told[f'{name} error']:.1%}"
+        counts = f"{of['parameters'] / 1e6:.2f} M | {of['trained'] / 1e6:.2f} M"
+        lines.append(f"| {title} | {told['minutes of each']:g} | {of['steps']} | {counts} | {right} |")
+    return "\n".join(lines) + "\n"
+
+
+def sizes(folder: Path, source: str) -> dict[str, int]:
+    """Steps, parameters and how many of them were trained, of the three models."""
+    model, _ = load_source(folder, source)
+    whole = sum(p.numel() for p in model.transformer.parameters())
+    steps = torch.load(folder / "latent" / "state.pt", weights_only=True)["step"]
+    found = {"source steps": steps, "source parameters": whole, "source trained": whole}
     for name in ("transfer", "scratch"):
-        told[f"{name} steps"] = read_log(folder / name)[-1]["step"]
-    with atomic_path(folder / "road.json") as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told))
+        state = load_file(folder / name / "trained-ema.safetensors")
+        found[f"{name} steps"] = read_log(folder / name)[-1]["step"]
+        found[f"{name} parameters"] = sum(np.prod(shape) for shape in Checkpoint(base_of(folder, name)).shapes.values())
+        found[f"{name} trained"] = sum(tensor.numel() for tensor in state.values())
+    return {name: int(value) for name, value in found.items()}
+
+
+def run(folder: Path, source: str, minutes: float, pictures: int, count: int, seeds: int) -> dict:
+    """All stages; half of ``minutes`` for the latent model, half for the two pixel models, which train side by side.
+
+    Each stage goes on where it was stopped. The result is ``road.json``, as a table ``road.md``, with ``sheet.png``.
+    """
+
+    def say(words: str) -> None:
+        print(f"road of {source}: {words}", flush=True)
+
+    if not (folder / "source").exists():
+        say(f"1 of 4, the latent model: {minutes / 2:g} minutes; its losses are in {folder / 'latent' / 'log.jsonl'}")
+        train_source(folder, source, minutes / 2, pictures)
+    say(f"2 of 4, its images: {count}")
+    kept = draw_corpus(folder, source, count)
+    say(f"3 of 4, {kept} images are right; both pixel models learn from them: {minutes / 2:g} minutes")
+    transfer(folder, source, minutes / 2)
+    say("4 of 4, scores")
+    told = {"images kept": kept, "images drawn": count, "minutes of each": minutes / 2}
+    told |= score(folder, source, seeds) | sizes(folder, source)
+    for name, text in (("road.json", json.dumps(told, indent=1) + "\n"), ("road.md", table(told))):
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text)
+    print(table(told), end="", flush=True)
     return told
