@@ -37,7 +37,7 @@ def build(variant: str, scale: Scale, device: str) -> Case:
     if variant == "plain compiled":
         plain.compile()
     if bits:
-        lowbit.quantize_block(ours, bits)
+        lowbit.quantize_block(ours, bits, ("modulation",))
     width = dim // heads
     positions = torch.arange(tokens)[:, None].expand(-1, 3)
     cos, sin = rope_tables(positions.double()[None], (width // 4, width // 8 * 3, width // 8 * 3), 256.0)

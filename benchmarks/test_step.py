@@ -129,7 +129,7 @@ def build_lowbit(variant: str, patch: int, scale: Scale, device: str) -> Case:
 
     model, checked = make(), check_side(side, device)
     for block in (*model.modulated_blocks, *model.context_refiner):
-        lowbit.quantize_block(block, name)
+        lowbit.quantize_block(block, name, model.of_time)
     pixels = torch.randn(1, 3, side, side, device=device)
     call = prepared(model, cap, t, side)
     return Case(

@@ -114,7 +114,7 @@ def export_lora(args: argparse.Namespace) -> None:
     base = Checkpoint(args.base)
     trained = open_trained(args.source, args.ema, base.layout.shapes(base.l2p_config()))
     path = _prepare_out(args.out, args.overwrite, trained.source)
-    pieces = lora_pieces(trained, args.layout, _dtype(args.dtype))
+    pieces = lora_pieces(base, trained, args.layout, _dtype(args.dtype))
     _write(argparse.Namespace(), path, pieces, {})
     print(f"export-lora: {trained.source.path}, {len(trained.changes)} layers, in {args.layout}'s names")
 

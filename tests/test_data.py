@@ -532,6 +532,7 @@ def test_clip_scores(tmp_path):
         ClipGate(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_ray_draws_what_a_killed_worker_had(tmp_path, monkeypatch, capsys):
     """A worker dies with a piece in its hands: what it had drawn stays as it is, and another draws the rest."""
     ray = pytest.importorskip("ray", reason="pip install l2p_fast[ray]")

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_sources import SOURCES, latent, pipeline, save_source
 from tiny_training import curve, run_ranks
 
-from l2p_fast import convert, sample, train
+from l2p_fast import convert, evaluate, sample, train
 from l2p_fast.errors import UserError, run_cli
 from l2p_fast.formats.checkpoint import Checkpoint
 from l2p_fast.formats.sources import LAYOUTS, layout_of
-from l2p_fast.loading import build_empty, load_lora, load_model, load_text_encoders
+from l2p_fast.loading import build_empty, load_lora, load_loras, load_model, load_text_encoders
+from l2p_fast.quantize.products import LowBitLinear, is_quantized
 from l2p_fast.sampling.pipeline import load_pipeline
+from l2p_fast.training.config import FreezeConfig, LoraConfig
+from l2p_fast.training.freeze import freeze
+from l2p_fast.training.pairs import targets
 
 PROMPTS = ["a red star", "two blue circles above a green one"]
 SHORT = ("flux2", "qwen_image")  # go the whole road in the default run
@@ -137,6 +149,35 @@ def test_files_tell_the_model(source, folder, init):
     assert {name: told[name] for name in told if full.config[name] != told[name]} == {}
 
 
+# Of each row of the documentation's table: source, and what is not the class's default.
+SD3_LARGE = {"num_layers": 38, "num_attention_heads": 38, "pos_embed_max_size": 192, "dual_attention_layers": ()}
+PUBLISHED = {
+    "Z-Image": ("zimage", {}), "FLUX.2 [klein] 4B": ("flux2", {}), "SD 3.5 Medium": ("sd3", {}),
+    "SD 3.5 Large": ("sd3", SD3_LARGE), "FLUX.1 [schnell]": ("flux", {}),
+    "FLUX.1 [dev]": ("flux", {"guidance_embeds": True}), "Qwen-Image": ("qwen_image", {}),
+}  # fmt: skip
+
+
+def test_the_documented_sizes():
+    """Every number of the table in docs/sources.md, of models without memory."""
+    page = (Path(__file__).parents[1] / "docs" / "sources.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.count("|") == 9]
+    rows = [row for row in rows if row[0] in PUBLISHED]
+    assert len(rows) == 14 and {row[0] for row in rows} == set(PUBLISHED)
+    for title, patch, width, blocks, parameters, head, *trained in rows:
+        name, config = PUBLISHED[title]
+        size = {"all_patch_size": (int(patch),)} if name == "zimage" else {"pixel_patch_size": int(patch)}
+        model = build_empty(config | size, name)
+        whole = sum(p.numel() for p in model.parameters())
+        told = [str(model.width), str(len(model.main_blocks())), f"{whole / 1e9:.3f}",
+                f"{sum(p.numel() for p in model.head.parameters()) / 1e6:.1f}"]  # fmt: skip
+        for policy in ("paper", "published"):
+            freeze(model, FreezeConfig(policy, 5))
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            told.append(f"{count / 1e9:.3f} ({count / whole:.0%})")
+        assert told == [width, blocks, parameters, head, *trained], (title, patch)
+
+
 # --- By the same commands --------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def world(init, folder):
@@ -192,14 +233,152 @@ def test_a_pipeline_folder_keeps_all_parts(source, folder, init, tmp_path):
     assert again.default_steps == 30
 
 
+CACHES = {
+    "none at all": lambda step: FirstBlockCacheConfig(threshold=0.0),
+    "first block": lambda step: FirstBlockCacheConfig(threshold=1e3),
+    "magnitudes": lambda step: MagCacheConfig(num_inference_steps=4, mag_ratios=[1.0] * 4, retention_ratio=0.25),
+    "attention": lambda step: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=4, spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: step[0],
+    ),
+    "series": lambda step: TaylorSeerCacheConfig(cache_interval=4, disable_cache_before_step=1, max_order=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "source", [pytest.param(s, marks=pytest.mark.slow) if s == "flux" else s for s in SOURCES], indirect=True
+)
+def test_caches(source, init, folder):
+    """Of four steps some are skipped, but by a cache that is never content; a second run is as the first."""
+    pipe, calls, step = load_pipeline(init, folder), [], [500]
+    pipe.set_progress_bar_config(disable=True)
+    draw = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "pt"}
+
+    def images():
+        calls.clear()
+        drawn = pipe("a red star", generator=torch.Generator().manual_seed(1), **draw).images
+        return drawn, len(calls)
+
+    *_, (_, last) = pipe.transformer.blocks()
+    part = next(layer for path, layer in last.named_modules() if path.startswith("attn.to_q"))
+    part.register_forward_hook(lambda *_: calls.append(1))
+    plain, whole = images()
+    for cache, config in CACHES.items():
+        pipe.transformer.enable_cache(config(step))
+        (first, ran), (second, again) = images(), images()
+        assert torch.equal(first, second) and ran == again, cache
+        if cache == "none at all":
+            assert ran == whole and torch.allclose(first, plain, atol=1e-5)
+        else:
+            assert 0 < ran < whole and 0 < (first - plain).abs().max() < 1, cache
+        pipe.transformer.disable_cache()
+        assert torch.equal(images()[0], plain), cache
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_few_bits_for_drawing(source, init, folder, name, capsys):
+    """Layers with a bias, too; those that see the time alone stay as they are. The plan counts them."""
+    exact, model = load_model(init, torch.float32), load_model(init, torch.float32, quantize=name)
+    rounded = {path: m for path, m in model.named_modules() if isinstance(m, LowBitLinear)}
+    blocks = dict(model.blocks())
+    fits = {
+        f"{stack}.{path}" for stack, block in exact.blocks() for path, m in block.named_modules()
+        if isinstance(m, torch.nn.Linear) and is_quantized(m, name) and not re.search("norm|mod", path)
+    }  # fmt: skip
+    assert set(rounded) == fits and all(path.startswith(tuple(blocks)) for path in rounded)
+    assert any(m.bias is not None for m in rounded.values()) == (source != "flux2")
+    torch.manual_seed(8)
+    given = torch.randn(1, 3, 32, 48), torch.tensor([0.4]), [torch.randn(9, model.text_width)]
+    with torch.no_grad():
+        wanted, found = exact.features(*given), model.features(*given)
+        assert 0 < (found - wanted).norm() / wanted.norm() < (0.05 if name == "int8" else 0.3)
+        half, whole = (torch.nn.Module.to(m, torch.bfloat16).features(*given) for m in (model, exact))
+    assert half.dtype == torch.bfloat16 and (half - whole).float().norm() / wanted.norm() < 0.5
+    argv = ["x", "--model", str(init), "--text-encoder", str(folder), "--height", "32", "--width", "48"]
+    plans = []
+    for how in ("none", name):
+        assert sample.main([*argv, "--quantize", how, "--dry-run"]) == 0
+        plans.append(capsys.readouterr().out)
+    assert all("total" in plan and "text encoder" in plan for plan in plans)
+
+
+@pytest.mark.parametrize(
+    "source", [*SHORT, *(pytest.param(s, marks=pytest.mark.slow) for s in SOURCES if s not in SHORT)], indirect=True
+)
+def test_a_lora_from_training_to_an_image(source, folder, init, world, capsys):
+    """Pairs over all layers of the blocks, trained with and without checkpointing, drawn, merged and evaluated."""
+    settings = [str(world), "lora.rank=2", "freeze.policy=none", "optim.lr=0.1"]
+    assert train.main([*settings, "--dry-run"]) == 0 and "LoRA of rank 2" in capsys.readouterr().out
+    runs = [folder / "lora", folder / "lora-kept"]
+    assert train.main([*settings, f"run={runs[0]}"]) == 0
+    assert train.main([*settings, f"run={runs[1]}", "memory.checkpointing=false"]) == 0
+    for one, other in zip(*map(curve, runs), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    file, model = runs[0] / "lora.safetensors", load_model(init).requires_grad_(False)
+    layers = {key.split(".lora_")[0].removeprefix("transformer.") for key in load_file(file)}
+    assert layers == set(targets(model, LoraConfig(rank=2)))
+    assert {name.rpartition(".")[0] for name, _ in model.blocks()} == {name.split(".")[0] for name in layers}
+    whole = folder / "with-lora.safetensors"
+    assert convert.main(["merge", str(file), "--base", str(init), "--out", str(whole)]) == 0
+    torch.manual_seed(9)
+    given = torch.randn(1, 3, 32, 48), torch.tensor([0.4]), [torch.randn(9, model.text_width)]
+    models = {
+        "base": load_model(init, torch.float32),
+        "merged": load_model(whole, torch.float32),
+        "over": load_model(init, torch.float32),
+        "rounded": load_model(init, torch.float32, quantize="int8"),
+    }
+    load_lora(models["over"], file, adapter="style")
+    load_loras(models["rounded"], [(file, 1.0)])
+    with torch.no_grad():
+        found = {kind: model.features(*given) for kind, model in models.items()}
+    changed = (found["merged"] - found["base"]).norm()
+    assert changed > 0.05 * found["base"].norm()
+    torch.testing.assert_close(found["over"], found["merged"], rtol=1e-4, atol=1e-4)
+    assert (found["rounded"] - found["merged"]).norm() < 0.5 * changed
+
+    (folder / "p.txt").write_text("a red star\n")
+    assert (
+        evaluate.main(
+            [
+                "prompts",
+                str(folder / "p.txt"),
+                "--model",
+                str(init),
+                "--text-encoder",
+                str(folder),
+                "--height",
+                "32",
+                "--width",
+                "48",
+                "--steps",
+                "1",
+                "--lora",
+                str(file),
+                "--quantize",
+                "8bit",
+                "--out",
+                str(folder / "drawn"),
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert f"{len(layers)} as adapters" in said and "| grid (16 px) |" in said
+    assert convert.main(["export-lora", str(file), "--base", str(init), "--layout", "diffusers",
+                         "--out", str(folder / "exported.safetensors")]) == 0  # fmt: skip
+
+
 @pytest.mark.slow
-def test_shards_and_frozen_blocks_in_8_bits(world, folder):
-    """Two processes that share the model, its frozen blocks in 8 bits, give what one gives."""
+@pytest.mark.parametrize("bits", [8, 4])
+def test_shards_and_frozen_blocks_in_few_bits(world, folder, bits):
+    """Two processes that share the model, its frozen blocks in few bits, give what one gives."""
     pytest.importorskip("bitsandbytes", reason="pip install l2p_fast[train]")
-    settings = ["model.frozen_bits=8", "steps=2"]
-    assert train.main([str(world), *settings, f"run={folder / 'one'}"]) == 0
-    run_ranks(2, [str(world), *settings, f"run={folder / 'two'}"], folder / "log")
-    for step, (one, two) in enumerate(zip(curve(folder / "one"), curve(folder / "two"), strict=True), 1):
+    settings = [f"model.frozen_bits={bits}", "steps=2"]
+    assert train.main([str(world), *settings, f"run={folder / f'one-{bits}'}"]) == 0
+    run_ranks(2, [str(world), *settings, f"run={folder / f'two-{bits}'}"], folder / f"log-{bits}")
+    curves = (curve(folder / f"{name}-{bits}") for name in ("one", "two"))
+    for step, (one, two) in enumerate(zip(*curves, strict=True), 1):
         assert one[0] == two[0] == step and one[1:] == pytest.approx(two[1:], rel=1e-4)
 
 

@@ -202,3 +202,11 @@ def patch_size_of(path: str | Path) -> int | None:
         return checkpoint.layout.patch_size(checkpoint.l2p_config()) if checkpoint.kind() == "l2p" else None
     except UserError:
         return None
+
+
+def hub_of(path: str | Path) -> str:
+    """Hub id of a folder with the text encoders of a checkpoint's source; Z-Image's where its names don't tell."""
+    try:
+        return Checkpoint(path).layout.source.hub
+    except UserError:
+        return layout_of(()).source.hub

@@ -37,6 +37,7 @@ class L2PFluxTransformer2DModel(DiffusersPixelModel, FluxTransformer2DModel):
     source = "flux"
     pixel_parts = ("x_embedder.", HEAD)
     stacks = ("transformer_blocks", "single_transformer_blocks")
+    held = 11.0  # a block of one stream: input, attention, feed-forward, and these two side by side
     ignore_for_config = [*DiffusersPixelModel.ignore_for_config, "patch_size"]
 
     @register_to_config

@@ -38,6 +38,7 @@ class L2PFlux2Transformer2DModel(DiffusersPixelModel, Flux2Transformer2DModel):
     source = "flux2"
     pixel_parts = ("x_embedder.", HEAD)
     stacks = ("transformer_blocks", "single_transformer_blocks")
+    held = 20.0  # a block of one stream: all projections at once are nine, their parts as many again
     ignore_for_config = [*DiffusersPixelModel.ignore_for_config, "patch_size"]
 
     @register_to_config

@@ -46,10 +46,12 @@ class PixelModel:
         biased: whether attention is given a bias or a mask, which not every backend takes.
         packs_rows: whether rows of different lengths are attended each over its own tokens, without a mask.
         source: its row in `variants.SOURCES`.
+        held: how many tensors of the tokens' size a block holds at once while an image is drawn.
         of_time: what the names of a block's layers for the timestep hold; they see a row a sample, not its tokens.
     """
 
     source: str
+    held = 10.0  # input, norm, and a feed-forward of four times the width before and after its activation
     of_time: tuple[str, ...] = ("norm", "mod")
 
     pixel_parts: tuple[str, ...] = (HEAD,)
@@ -418,6 +420,16 @@ class DiffusersPixelModel(PixelModel):
     def embedder(self) -> nn.Linear:
         """Patches -> tokens."""
         return self.x_embedder
+
+    def enable_cache(self, config: Any) -> None:
+        """As `models.zimage.L2PTransformer2DModel.enable_cache`."""
+        from .caches import check_cache, watch_last_block
+
+        name = check_cache(config)
+        super().enable_cache(config)
+        if name == "FirstBlockCache":
+            *_, (_, last) = self.blocks()
+            watch_last_block(last)
 
 
 def grid_ids(grid: tuple[int, int], axes: int, device: torch.device) -> Tensor:

@@ -8,12 +8,15 @@ T5's, filled up to one length and all attended, with the CLIPs' pooled vectors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
@@ -72,7 +75,7 @@ class JointAttnProcessor:
         return attn.to_out[0](seen), read if attn.context_pre_only else attn.to_add_out(read)
 
 
-class L2PSD3Transformer2DModel(DiffusersPixelModel, SD3Transformer2DModel):
+class L2PSD3Transformer2DModel(DiffusersPixelModel, SD3Transformer2DModel, CacheMixin):
     """Stable Diffusion 3.5 on pixels. The defaults are those of SD 3.5 Medium.
 
     Args:
@@ -135,6 +138,12 @@ class L2PSD3Transformer2DModel(DiffusersPixelModel, SD3Transformer2DModel):
     @property
     def embedder(self) -> nn.Linear:
         return self.pos_embed.proj
+
+    def enable_cache(self, config: Any) -> None:
+        from .caches import register_block
+
+        register_block(JointTransformerBlock, image=1, text=0)
+        super().enable_cache(config)
 
     def check_size(self, height: int, width: int) -> None:
         super().check_size(height, width)

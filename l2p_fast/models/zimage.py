@@ -44,8 +44,6 @@ from .detailer import DetailerHead, Settled
 from .pixel import PixelModel
 from .text import Encoders, encode_prompts
 
-CACHES = ("FirstBlockCache", "MagCache", "PyramidAttentionBroadcast", "TaylorSeerCache")  # of diffusers
-
 
 @dataclass
 class Conditioning:
@@ -117,6 +115,7 @@ class L2PTransformer2DModel(PixelModel, ModelMixin, ConfigMixin, PeftAdapterMixi
     stacks = ("layers",)
     packs_rows = True
     of_time = ("adaLN_modulation",)
+    held = 2 + 3 * 8 / 3  # input, norm, and the feed-forward's inner tensors with what makes the second
 
     @register_to_config
     def __init__(
@@ -227,15 +226,11 @@ class L2PTransformer2DModel(PixelModel, ModelMixin, ConfigMixin, PeftAdapterMixi
         Raises:
             UserError: a cache that doesn't fit this model.
         """
-        # Imported here: the registry imports most of diffusers' models.
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+        from .caches import check_cache, register_block
 
-        name = type(config).__name__.removesuffix("Config")
-        if name not in CACHES or getattr(config, "use_lite_mode", False):
-            raise UserError(f"no {name} for this model; choose from {', '.join(CACHES)}, without a lite mode")
-        if name == "TaylorSeerCache" and not config.cache_identifiers:
+        if check_cache(config) == "TaylorSeerCache" and not config.cache_identifiers:
             config = replace(config, cache_identifiers=[r"layers\.\d+\.attention"])
-        TransformerBlockRegistry.register(TransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        register_block(TransformerBlock, image=0)
         super().enable_cache(config)
 
     def features(

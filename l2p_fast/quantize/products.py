@@ -26,6 +26,7 @@ from .coded import CodedLinear
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}  # nf4: two values a byte
 MULTIPLE = 16  # of K and N, that the 8-bit matrix products ask for
+LEAST_ROWS = 17  # of M, that CUDA's int8 product asks for; a text's stream may have fewer
 BLOCK = 64  # values that share a scale in 4 bits
 ROWS = 256  # rounded or decoded at a time, so that no weight is whole in fp32
 
@@ -110,7 +111,9 @@ def lowbit_linear(x: Tensor | QuantizedRows, weight: Tensor, scale: Tensor, roun
     rows = _rows(x, weight.dtype)
     values, x_scale = rows.values.flatten(0, -2), rows.scale.flatten(0, -2)
     if weight.dtype == torch.int8:
-        out = torch._int_mm(values, weight.t()) * x_scale * scale.t()
+        few = max(0, LEAST_ROWS - len(values))
+        out = torch._int_mm(F.pad(values, (0, 0, 0, few)) if few else values, weight.t())[: len(values)]
+        out = out * x_scale * scale.t()
     else:  # its row-wise scales come with bf16 results only; sums of 3-bit products need no more than tensor cores keep
         scales = {"scale_a": x_scale, "scale_b": scale.t(), "out_dtype": torch.bfloat16}
         out = torch._scaled_mm(values, weight.t(), **scales, use_fast_accum=True)
@@ -118,13 +121,14 @@ def lowbit_linear(x: Tensor | QuantizedRows, weight: Tensor, scale: Tensor, roun
 
 
 class LowBitLinear(CodedLinear):
-    """A bias-free linear layer that holds ``weight`` and ``weight_scale`` as `encode` makes them.
+    """A linear layer that holds ``weight`` and ``weight_scale`` as `encode` makes them.
 
     Args:
         shape: (N, K).
         dtype: of `DTYPES`.
         device: where the buffers are made; their values come with `load_weight`.
         rounds_inputs: see `lowbit_linear`.
+        bias: (N,), kept as it is; None: none.
     """
 
     def __init__(
@@ -133,12 +137,13 @@ class LowBitLinear(CodedLinear):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         rounds_inputs: bool = True,
+        bias: nn.Parameter | None = None,
     ):
         nn.Module.__init__(self)
         self.rounds_inputs = rounds_inputs
         self.out_features, self.in_features = outputs, inputs = shape
         packed = dtype == torch.uint8
-        self.register_parameter("bias", None)
+        self.register_parameter("bias", bias)
         self.register_buffer("weight", torch.empty(outputs, inputs // (2 if packed else 1), dtype=dtype, device=device))
         self.register_buffer("weight_scale", torch.empty(outputs, inputs // BLOCK if packed else 1, device=device))
         self.squares = (0.0, 0.0)  # sums over the weight: of what rounding changed, and of the values
@@ -171,7 +176,8 @@ class LowBitLinear(CodedLinear):
         return self.weight.dtype if self.rounds_inputs and self.weight.dtype != torch.uint8 else None
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        return lowbit_linear(x, self.weight, self.weight_scale, self.rounds_inputs)
+        out = lowbit_linear(x, self.weight, self.weight_scale, self.rounds_inputs)
+        return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
@@ -192,23 +198,23 @@ def check(name: str, device: torch.device) -> None:
 
 def is_quantized(layer: nn.Module, name: str) -> bool:
     """Whether `quantize_block` puts this layer into the type called ``name``."""
-    if type(layer) not in (nn.Linear, Linear) or layer.bias is not None:
+    if type(layer) not in (nn.Linear, Linear):
         return False
     outputs, inputs = layer.weight.shape
     return inputs % BLOCK == 0 if name == "nf4" else outputs % MULTIPLE == inputs % MULTIPLE == 0
 
 
 def quantize_block(block: nn.Module, name: str, skip: tuple[str, ...] = (), rounds_inputs: bool = True) -> None:
-    """Put a block's linear layers into fewer bits, in place; those with a bias (they are for the timestep) stay.
+    """Put a block's linear layers into fewer bits, in place; those whose names hold one of ``skip`` stay.
 
-    Layers on the meta device are replaced by empty ones, to be filled by `LowBitLinear.load_weight`. ``skip``: last
-    parts of names that are left out. ``rounds_inputs``: see `lowbit_linear`.
+    Layers on the meta device are replaced by empty ones, to be filled by `LowBitLinear.load_weight`. ``rounds_inputs``:
+    see `lowbit_linear`.
     """
     for path, layer in list(block.named_modules()):
-        if not is_quantized(layer, name) or path.rpartition(".")[2] in skip:
+        if not is_quantized(layer, name) or any(word in path for word in skip):
             continue
         weight = layer.weight.detach()
-        rounded = LowBitLinear(tuple(weight.shape), DTYPES[name], weight.device, rounds_inputs)
+        rounded = LowBitLinear(tuple(weight.shape), DTYPES[name], weight.device, rounds_inputs, layer.bias)
         if not weight.is_meta:
             rounded.load_weight([weight], weight.device)
         block.set_submodule(path, rounded)
@@ -221,7 +227,7 @@ def quantize_blocks(model: nn.Module, name: str) -> None:
         UserError: no layer has sizes that the products take.
     """
     for _, block in model.blocks():
-        quantize_block(block, name)
+        quantize_block(block, name, model.of_time)
     if not any(isinstance(module, LowBitLinear) for module in model.modules()):
         multiple = BLOCK if name == "nf4" else MULTIPLE
         raise UserError(f"quantize: {name} needs sizes that are multiples of {multiple}; no layer has; leave it out")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import FieldError, UserError
 from ..files import near_path
-from ..formats.checkpoint import Checkpoint, patch_size_of
+from ..formats.checkpoint import Checkpoint, hub_of, patch_size_of
 from ..variants import NATIVE_TOKENS, OF_PATCH
 from .request import Lora
 
@@ -148,9 +148,8 @@ def check_text_encoder(name: str | None, model: ModelFacts) -> None:
         if not (model.is_pipeline and (model.path / "text_encoder").is_dir()):
             raise FieldError(
                 "model",
-                f"{model.name} "
-                "holds no text encoder; add {text_encoder} FOLDER (with text_encoder/ and "
-                "tokenizer/ in it), or Tongyi-MAI/Z-Image-Turbo to download 8 GB from the hub",
+                f"{model.name} holds no text encoder; add {{text_encoder}} FOLDER (with text_encoder/ and "
+                f"tokenizer/ in it), or {hub_of(model.path)} to download its own from the hub",
             )
         return
     if os.path.isdir(name):

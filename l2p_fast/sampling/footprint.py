@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from ..formats.checkpoint import Checkpoint
+from ..formats.sources import LAYOUTS
 from ..formats.text_encoder import open_encoder
 from ..loading import build_empty, put_in_bits
 from ..models.blocks import SEQUENCE_MULTIPLE
 from ..models.pixel import PixelModel
-from ..models.text import MAX_TOKENS
 from ..ops import product_dtype
 from ..quantize import CodedLinear, products, stored
 from .denoise import one_by_one
@@ -27,7 +27,6 @@ from .request import Request, Setup
 from .session import pick_device, pick_dtype
 
 DECODING = 12  # bytes a value that unpacking holds at once: fp32, its product and codes
-HIDDEN = 8 / 3  # width of a feed-forward's inside, of the model's
 
 
 @dataclass
@@ -50,7 +49,7 @@ def expected(
     dtype: torch.dtype,
     device: torch.device,
     size: tuple[int, int],
-    text_tokens: int = MAX_TOKENS,
+    text_tokens: int | None = None,
     guided: bool = False,
     rows: int = 1,
 ) -> Memory:
@@ -60,7 +59,7 @@ def expected(
         dtype: of parameters and activations.
         device: that draws.
         size: (height, width) in pixels.
-        text_tokens: of the longer prompt.
+        text_tokens: of the longer prompt; None: as many as the model reads.
         guided: whether there are predictions for a negative prompt, too.
         rows: samples that run as a batch.
     """
@@ -70,8 +69,9 @@ def expected(
     weights += sum(buffer.nbytes for buffer in model.buffers())
     images = height * width * 3 * (4 + dtype.itemsize * (2 if guided else 1))
     grid = height // model.patch_size * (width // model.patch_size)
-    tokens = rows * sum(-(-count // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for count in (grid, text_tokens))
-    features = tokens * model.config.dim * dtype.itemsize
+    parts = grid, model.max_tokens if text_tokens is None else text_tokens
+    tokens = rows * sum(-(-count // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE for count in parts)
+    features = tokens * model.width * dtype.itemsize
     pixels = torch.empty(1, 1, 1, 1, device=device).expand(rows, 3, height, width)
     head = features + model.head.peak_bytes(pixels, dtype)
     working = max(block_bytes(model, tokens, dtype, device), head)
@@ -79,13 +79,17 @@ def expected(
 
 
 def block_bytes(model: PixelModel, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
-    """What a block's feed-forward holds at once: input, its norm, and the two inner tensors with what makes the second
-    or with their product."""
+    """What a block holds at once: `PixelModel.held`, and what a product makes beside it: copies, a decoded weight."""
     kept, wide = dtype.itemsize, product_dtype(dtype, device).itemsize
-    layers = [m for _, block in model.blocks() for m in block.modules() if isinstance(m, torch.nn.Linear)]
-    largest = max(layer.in_features * layer.out_features for layer in layers)
+    layers = [
+        m for _, block in model.blocks() for name, m in block.named_modules()
+        if isinstance(m, torch.nn.Linear) and not any(word in name for word in model.of_time)
+    ]  # fmt: skip
+    widest = max(layers, key=lambda layer: layer.in_features * layer.out_features)
+    largest = widest.in_features * widest.out_features
+    sides = [side / model.width for side in (widest.in_features, widest.out_features)]
     rounded = next((layer for layer in layers if isinstance(layer, CodedLinear)), None)
-    copied, decoded = (1 + HIDDEN) * wide, largest * wide  # of the input and the output, and of the weight
+    copied, decoded = sum(sides) * wide, largest * wide  # of the input and the output, and of the weight
     if wide == kept:
         copied = 0.0
         if rounded is None:
@@ -97,8 +101,8 @@ def block_bytes(model: PixelModel, tokens: int, dtype: torch.dtype, device: torc
             max(9.0, copied),
             decoded if device.type == "cpu" and rounded.weight.dtype == torch.int8 else 0,
         )
-    each = max((2 + 3 * HIDDEN) * kept, (2 + 2 * HIDDEN) * kept + copied)
-    return int(tokens * model.config.dim * each + decoded)
+    each = max(model.held * kept, (model.held - max(sides)) * kept + copied)
+    return int(tokens * model.width * each + decoded)
 
 
 def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
@@ -127,7 +131,8 @@ def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
     encoder, words = 0, ""
     source = facts.path if setup.text_encoder is None else setup.text_encoder
     if os.path.isdir(source):
-        encoder = sum(where.numel for where in open_encoder(Path(source)).tensors.values()) * dtype.itemsize
+        opened = [open_encoder(Path(source), part, kind) for part, _, kind in LAYOUTS[model.source].text]
+        encoder = sum(where.numel for files in opened for where in files.tensors.values()) * dtype.itemsize
     else:
         words = f", without the text encoder, as {source} is not here"
     kind, kept = str(dtype).removeprefix("torch."), ", ".join(stored.kinds(model))

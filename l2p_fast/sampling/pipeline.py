@@ -33,6 +33,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..errors import FieldError, UserError
+from ..formats.checkpoint import hub_of
 from ..formats.pipeline_folder import PipelineFolder, read_pipeline
 from ..loading import load_lora, load_model, load_text_encoders, model_class
 from ..models.pixel import PixelModel
@@ -648,7 +649,7 @@ def load_pipeline(
     model = os.fspath(model)
     is_pipeline = os.path.isfile(os.path.join(model, "model_index.json"))
     if not is_pipeline and text_encoder is None:
-        raise UserError(f"{model} holds no text encoder; name one as well, for example Tongyi-MAI/Z-Image-Turbo")
+        raise UserError(f"{model} holds no text encoder; name one as well, for example {hub_of(model)}")
     stored = read_pipeline(model) if is_pipeline else PipelineFolder({}, SHIFT)
     transformer = load_model(
         os.path.join(model, "transformer") if is_pipeline else model, torch_dtype, device, quantize=quantize

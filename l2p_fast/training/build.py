@@ -58,7 +58,7 @@ def build(config: Config, workers: Workers) -> tuple[PixelModel, dict[str, nn.Pa
         for name, block in model.blocks():
             quantize_frozen(block, bits, read, f"{name}.")
     if not config.parallel.fsdp:
-        left = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        left = {name for name, held in (*model.named_parameters(), *model.named_buffers()) if held.is_meta}
         fill(model, {name: where for name, where in base.tensors.items() if name in left}, dtype, workers.device)
         model.eval()
     add_pairs(model, pairs, config, dtype)
@@ -67,7 +67,7 @@ def build(config: Config, workers: Workers) -> tuple[PixelModel, dict[str, nn.Pa
         model.enable_gradient_checkpointing(_checkpointing(config.memory.offload_checkpoints, workers.device))
     if config.parallel.fsdp:
         shard(model, config, workers)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        shapes = {name: tuple(held.shape) for name, held in (*model.named_parameters(), *model.named_buffers())}
 
         def value(name: str) -> Tensor:
             first = start(plain_name(name), shapes[name], config.seed)

@@ -41,23 +41,16 @@ class FreezeConfig:
     n: int = 5  # trained blocks at each end
 
 
+BLOCKS = "blocks"  # of `LoraConfig.targets`: attention and feed-forward of every block, whatever they are called
+
+
 @dataclass
 class LoraConfig:
     """Low-rank pairs over frozen linear layers, trained beside what `FreezeConfig` names."""
 
     rank: int = 0  # 0: none
     alpha: float = 0.0  # strength x rank; 0: the rank
-    targets: list[str] = field(
-        default_factory=lambda: [
-            "attention.to_q",
-            "attention.to_k",
-            "attention.to_v",
-            "attention.to_out.0",
-            "feed_forward.w1",
-            "feed_forward.w2",
-            "feed_forward.w3",
-        ]
-    )  # patterns of layers' names, or of their ends
+    targets: list[str] = field(default_factory=lambda: [BLOCKS])  # patterns of layers' names, or of their ends
 
 
 @dataclass
@@ -341,7 +334,7 @@ def check(config: Config) -> None:
     if not config.data.grids:
         raise UserError("data.grids is empty; give at least one, as in data.grids='[{tokens: 4096, batch: 8}]'")
     if config.lora.rank and not config.lora.targets:
-        raise UserError("lora.targets is empty; name layers, as in lora.targets='[attention.to_q, attention.to_v]'")
+        raise UserError(f"lora.targets is empty; name layers, as in lora.targets='[to_q, to_v]', or give [{BLOCKS}]")
     if len(config.optim.betas) != 2:
         raise UserError(f"optim.betas must be two numbers in [0, 1), got {len(config.optim.betas)}")
     if config.optim.fused and config.accumulation > 1:

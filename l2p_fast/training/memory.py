@@ -128,7 +128,7 @@ def block_bytes(model: PixelModel, dtype: torch.dtype) -> dict[str, tuple[float,
     """
     if dtype == torch.bfloat16:
         dtype = torch.float16  # as large; some CPUs multiply bfloat16 in float32, and the plan is for any device
-    small, side = model.small().to(dtype), 8
+    small, side = nn.Module.to(model.small(), dtype), 8  # diffusers' own warns, whatever the model
     own = {t.untyped_storage().data_ptr() for t in (*small.parameters(), *small.buffers())}
     seen: dict[str, dict[int, int]] = {}
     widest: dict[str, int] = {}

@@ -128,19 +128,21 @@ LORA_LAYOUTS = {
 }
 
 
-def lora_pieces(trained: Trained, layout: str, dtype: torch.dtype | None) -> dict[str, Piece]:
+def lora_pieces(base: Checkpoint, trained: Trained, layout: str, dtype: torch.dtype | None) -> dict[str, Piece]:
     """The tensors of a LoRA file in a layout of `LORA_LAYOUTS`, strength folded in: alpha is rank.
 
     ``dtype`` None: that of the source. In a fused layout the pairs of to_q, to_k and to_v are one of three times the
     rank, or of theirs, where they share the first matrix.
 
     Raises:
-        UserError: there is no LoRA, or one of another kind than plain pairs.
+        UserError: there is no LoRA, one of another kind than plain pairs, or no such layout for models like ``base``.
     """
     from ..formats.lora import fused_pairs
     from ..formats.write import Piece
 
     source = trained.source.path
+    if layout != "diffusers" and not base.layout.other_names:
+        raise UserError(f"a LoRA of {base.layout.source.title} has no {layout} names; give --layout diffusers")
     if not trained.changes:
         raise UserError(f"{source} holds no LoRA; `convert merge` or `convert export` takes whole weights")
     other = [name for name, change in trained.changes.items() if not change.is_plain]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError, few
 from ..formats.write import Piece, write_pieces
 from ..models.pixel import PixelModel
-from .config import Config, LoraConfig
+from .config import BLOCKS, Config, LoraConfig
 
 if TYPE_CHECKING:
     from ..formats.changes import Change
@@ -41,11 +41,15 @@ def targets(model: PixelModel, config: LoraConfig) -> dict[str, tuple[int, int]]
         return {}
     layers = {
         name: module for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(tuple(model.pixel_parts))
+        if isinstance(module, nn.Linear) and not name.startswith((*model.pixel_parts, *model.idle))
     }  # fmt: skip
+    blocks = tuple(f"{name}." for name, _ in model.blocks())
     chosen = {}
     for pattern in config.targets:
-        found = [name for name in layers if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+        if pattern == BLOCKS:
+            found = [n for n in layers if n.startswith(blocks) and not any(word in n for word in model.of_time)]
+        else:
+            found = [name for name in layers if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
         if not found:
             some = few(dict.fromkeys(name.split(".", 2)[-1] for name in layers), 9)
             raise UserError(f"lora.targets: no linear layer of the transformer is called {pattern}; there are {some}")
