@@ -31,7 +31,7 @@ from .sampling.facts import (
     find_model,
 )
 from .sampling.jobs import Job, is_finished, plan_jobs, read_prompts
-from .sampling.request import Lora, Request, Setup, check_number, choose, drawn_size
+from .sampling.request import REPLACES, Lora, Request, Setup, check_number, choose, drawn_size
 from .startup import all_stays, hide_unused
 
 if TYPE_CHECKING:
@@ -107,11 +107,8 @@ def recall(given: dict[str, Any], path: str, trust: bool) -> dict[str, Any]:
         print(
             f"note: made by l2p_fast {stored.get('version')}, this is {__version__}; pixels may differ", file=sys.stderr
         )
-    if given.keys() & {"height", "width", "image", "outpaint"}:
-        stored = {k: v for k, v in stored.items() if k not in ("height", "width", "image_sha256")}
-    if "mask" in given:
-        stored.pop("mask_sha256", None)
-    stored = {k: v for k, v in stored.items() if k in names and v is not None and k not in given}
+    gone = given.keys() | {name for key in given for name in REPLACES.get(key, ())}
+    stored = {k: v for k, v in stored.items() if k in names and v is not None and k not in gone}
     if stored.get("device", "auto").split(":")[0] not in ("auto", "cpu"):
         stored["device"] = "auto"  # that machine's; pixels may differ on another device
         print("note: pixels may differ from one device to another", file=sys.stderr)

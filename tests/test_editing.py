@@ -396,6 +396,18 @@ def test_an_edit_repeats_from_its_settings_and_its_files(run):
     assert np.array_equal(pixels("b.png")[:, 20:], pixels("in.png")[:, 20:])
 
 
+def test_options_take_the_place_of_settings(run):
+    """What can't stand beside an option that is given goes, and is not complained about."""
+    picture(48, 32).save("in.png")
+    run("a", "--image", "in.png", "--outpaint", "0,0,16,0", "--mask-blend", 3, "--out", "a.png")
+    run("--from-image", "a.png", "--image", "in.png", "--refine", 0.3, "--width", 64, "--height", 32, "--out", "b.png")
+    settings = json.loads(Image.open("b.png").info["l2p_fast"])
+    assert (settings["refine"], settings["outpaint"], settings["mask_blend"]) == (0.3, None, None)
+    run("--from-image", "b.png", "--image", "in.png", "--outpaint", "8,0,8,0", "--out", "c.png")
+    settings = json.loads(Image.open("c.png").info["l2p_fast"])
+    assert (settings["refine"], settings["strength"], settings["width"]) == (None, 1.0, 64)
+
+
 def test_profile_and_orientation_of_image_to_image(run):
     exif = Image.Exif()
     exif[0x0112] = 6  # taken upright, stored lying

@@ -46,6 +46,17 @@ RANGES: dict[str, Range] = {
     "head_memory_mb": Range(0, 1e9, 256, above=True),
     "num_images": Range(1, 100_000, 1),
 }
+_SIZES = ("height", "width", "image_sha256")
+# What a field that is given puts out of force in a request that it changes.
+REPLACES: dict[str, tuple[str, ...]] = {
+    "height": _SIZES,
+    "width": _SIZES,
+    "image": _SIZES,
+    "mask": ("mask_sha256", "refine"),
+    "outpaint": (*_SIZES, "refine"),
+    "strength": ("refine",),
+    "refine": (*_SIZES, "strength", "mask", "mask_sha256", "mask_blend", "outpaint"),
+}
 LARGEST_LORA, MOST_LORAS = 100, 100  # scale, and how many
 LONGEST_PROMPT = 100_000  # characters; the model reads the first 512 tokens
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"} | {
