@@ -239,8 +239,8 @@ _TOKENIZERS = {
 }
 
 
-# T5 casts what goes into these to the dtype of their weights, whatever that is.
-_IN_FULL = ("wo",)
+# Words of names. T5 casts what goes into these to the dtype of their weights, whatever that is.
+IN_FULL = ("wo",)
 
 
 def _load_encoder(
@@ -268,10 +268,10 @@ def _load_encoder(
     tokenizer = _load_tokenizer(check_tokenizer(folder, tokenizer_part, kind), kind, files.config["vocab_size"])
     tensors = {key: files.tensors[key.removeprefix(prefix)] for key in shapes}
     if quantize == "stored":
-        stored.keep_stored(encoder, tensors, skip=_IN_FULL)
+        stored.keep_stored(encoder, tensors, skip=IN_FULL)
     elif quantize is not None:
         # The activations of language models have outliers, which 8 bits would drown.
-        products.quantize_block(encoder, quantize, skip=_IN_FULL, rounds_inputs=False)
+        products.quantize_block(encoder, quantize, skip=IN_FULL, rounds_inputs=False)
     fill(encoder, tensors, dtype or default_dtype(files.tensors.values()), device)
     _make_tables(encoder, config, device)
     limit = files.config.get("max_position_embeddings", 0)

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--compile", action="store_true", default=None, help="torch.compile the transformer's blocks")
     add("--cuda-graph", action="store_true", default=None, help="run the steps by CUDA graphs, where that can be")
-    add("--offload", help="none, model or sequential: keep what is not at work in host memory (default: none)")
+    add("--offload", help="what waits in host memory: none (default), text, blocks, model, sequential or auto")
     add("--head-memory-mb", type=float, help="working memory of the head (default: 256; on CUDA half of what is free)")
     add("--cfg-batch", help="on, off or auto: both halves of guidance as one batch (default: auto)")
     add("--format", help="png, jpg or webp (default: by --out, else png)")
@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--from-image", help="repeat this image, pixel for pixel; options given beside it override")
     add("--trust", action="store_true", default=None, help="load the models and files that --from-image names")
     add("--dry-run", action="store_true", help="say what memory it takes, from the files' headers, and draw nothing")
+    add("--device-gb", type=float, metavar="GB", help="with --dry-run: plan for a GPU that has this much memory free")
     add("--no-progress", action="store_true", help="no progress bar")
     return parser
 
@@ -185,11 +186,13 @@ def draw(session: Session, job: Job, format: str, bar: bool, small: Path | None 
 
 def run(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.device_gb is not None and not (args.dry_run and 0 < args.device_gb < 1e6):
+        raise UserError("--device-gb is a GPU's free memory in GB, above 0, and goes with --dry-run")
     setup, request, prompts, model = settle(args)
     if args.dry_run:
         with all_stays():
             from .sampling.footprint import plan
-        print(plan(setup, request, model))
+        print(plan(setup, request, model, args.device_gb))
         return 0
     folder = None if args.prompts_file is None else Path(args.prompts_file).stem
     jobs, format = plan_jobs(request, prompts, args.num_images or 1, args.out, args.format, folder)

@@ -28,7 +28,9 @@ from l2p_fast.errors import UserError, run_cli
 from l2p_fast.formats.checkpoint import Checkpoint
 from l2p_fast.formats.sources import LAYOUTS, layout_of
 from l2p_fast.loading import build_empty, load_lora, load_loras, load_model, load_text_encoders
+from l2p_fast.quantize import CodedLinear
 from l2p_fast.quantize.products import LowBitLinear, is_quantized
+from l2p_fast.sampling.offload import arrange
 from l2p_fast.sampling.pipeline import load_pipeline
 from l2p_fast.training.config import FreezeConfig, LoraConfig
 from l2p_fast.training.freeze import freeze
@@ -219,6 +221,33 @@ def test_from_a_folder_to_an_image(source, folder, init, world, capsys):
     assert sample.main(["a red star", "--model", str(whole), "--text-encoder", str(folder), "--height", "32",
                         "--width", "48", "--steps", "2", "--guidance", "3", "--out", str(image)]) == 0  # fmt: skip
     assert Image.open(image).size == (48, 32)
+
+
+def test_planned_and_offloaded(source, folder, init, capsys):
+    """The plan counts every text encoder; blocks and encoders that wait their turn change no image."""
+    asked = ["a red star", "--model", str(init), "--text-encoder", str(folder), "--res", "32", "--dry-run"]
+    assert sample.main([*asked, "--device-gb", "8", "--offload", "auto"]) == 0
+    assert "none: " in capsys.readouterr().out
+    draw = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
+    images = []
+    for how in ("none", "blocks"):
+        pipe = load_pipeline(init, folder)
+        pipe.set_progress_bar_config(disable=True)
+        arrange(pipe, how, torch.device("cpu"))
+        images.append(pipe("a red star", generator=torch.Generator().manual_seed(1), **draw).images)
+    assert torch.equal(*images)
+
+
+def test_text_encoders_in_8_bits(source, folder, init):
+    model = load_model(init, torch.float32)
+
+    def features(quantize):
+        encoders = load_text_encoders(folder, source, torch.float32, quantize=quantize)
+        (found,) = model.encode(encoders, ["a red star"], torch.device("cpu"), model.max_tokens)
+        return found, sum(isinstance(m, CodedLinear) for encoder, _ in encoders for m in encoder.modules())
+
+    (plain, none), (rounded, some) = features(None), features("int8")
+    assert none == 0 < some and 0 < (rounded - plain).norm() / plain.norm() < 0.03
 
 
 def test_a_pipeline_folder_keeps_all_parts(source, folder, init, tmp_path):

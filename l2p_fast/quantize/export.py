@@ -35,7 +35,7 @@ def rounded_keys(model: nn.Module) -> set[str]:
     """Our keys of the weights of ``model`` (meta will do) that are written in fewer bits."""
     return {
         f"{name}.{path}.weight" for name, block in model.blocks() for path, layer in block.named_modules()
-        if is_quantized(layer, "int8")
+        if is_quantized(layer, "int8") and not any(word in path for word in model.of_time)
     }  # fmt: skip
 
 

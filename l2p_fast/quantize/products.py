@@ -198,10 +198,19 @@ def check(name: str, device: torch.device) -> None:
 
 def is_quantized(layer: nn.Module, name: str) -> bool:
     """Whether `quantize_block` puts this layer into the type called ``name``."""
-    if type(layer) not in (nn.Linear, Linear):
-        return False
-    outputs, inputs = layer.weight.shape
+    return type(layer) in (nn.Linear, Linear) and fits(tuple(layer.weight.shape), name)
+
+
+def fits(shape: tuple[int, int], name: str) -> bool:
+    """Whether the type called ``name`` takes a weight of ``shape`` (N, K)."""
+    outputs, inputs = shape
     return inputs % BLOCK == 0 if name == "nf4" else outputs % MULTIPLE == inputs % MULTIPLE == 0
+
+
+def linear_bytes(shape: tuple[int, int], name: str) -> int:
+    """Bytes of a weight (N, K) with its scales in the type called ``name``."""
+    layer = LowBitLinear(shape, DTYPES[name], "meta")
+    return sum(buffer.nbytes for buffer in layer.buffers())
 
 
 def quantize_block(block: nn.Module, name: str, skip: tuple[str, ...] = (), rounds_inputs: bool = True) -> None:

@@ -67,11 +67,11 @@ def keep_stored(module: nn.Module, tensors: Mapping[str, Stored], prefix: str = 
 
     Args:
         tensors: by the names of ``module`` with ``prefix`` before them.
-        skip: last parts of names that are left out.
+        skip: words of names that are left out.
     """
     for path, layer in list(module.named_modules()):
         stored = tensors.get(f"{prefix}{path}.weight")
-        if stored is None or not stored.quantized or path.rpartition(".")[2] in skip:
+        if stored is None or not stored.quantized or any(word in path for word in skip):
             continue
         if type(layer) in (nn.Linear, Linear):
             module.set_submodule(path, StoredLinear(stored, layer.bias is not None))

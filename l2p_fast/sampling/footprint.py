@@ -8,25 +8,32 @@ feed-forward holds at once. Left out: the allocator's fragmentation, the librari
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..formats.checkpoint import Checkpoint
+from ..formats.header import Stored
 from ..formats.sources import LAYOUTS
 from ..formats.text_encoder import open_encoder
-from ..loading import build_empty, put_in_bits
+from ..loading import IN_FULL, build_empty, put_in_bits
 from ..models.blocks import SEQUENCE_MULTIPLE
+from ..models.detailer import AUTO_MEMORY_MB
 from ..models.pixel import PixelModel
 from ..ops import product_dtype
 from ..quantize import CodedLinear, products, stored
 from .denoise import one_by_one
+from .devices import free_bytes, pick_device, pick_dtype
 from .facts import ModelFacts
+from .offload import pick
 from .request import Request, Setup
-from .session import pick_device, pick_dtype
 
 DECODING = 12  # bytes a value that unpacking holds at once: fp32, its product and codes
+ENCODING = 300_000_000  # bytes that encoding two prompts takes, beside the encoder: every layer's hidden states
 
 
 @dataclass
@@ -105,13 +112,38 @@ def block_bytes(model: PixelModel, tokens: int, dtype: torch.dtype, device: torc
     return int(tokens * model.width * each + decoded)
 
 
-def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
-    """The dry run's text: memory by what holds it, from the files' headers alone.
+@dataclass
+class Count:
+    """What drawing an image takes.
+
+    Attributes:
+        what: the model and its dtype, as words.
+        memory: of a step.
+        encoder: bytes of the text encoders; None: they aren't here.
+        peaks: the most bytes on the device at once, by the kind of offloading, with the head in small bands.
+    """
+
+    what: str
+    memory: Memory
+    encoder: int | None
+    peaks: dict[str, int]
+
+
+def counted(
+    setup: Setup, facts: ModelFacts, device: torch.device, size: tuple[int, int] | None = None, guided: bool = True,
+    cfg_batch: str = "auto", kept: int = 0,
+) -> Count:  # fmt: skip
+    """Count from the files' headers alone.
+
+    Args:
+        device: that draws; "meta" stands for a GPU that isn't here, with the plain head in small bands.
+        size: (height, width) in pixels; None: the model's own.
+        guided, cfg_batch: whether there is guidance, and whether its halves run as a batch.
+        kept: bytes a pixel of an image to start from.
 
     Raises:
-        UserError: a model, text encoder or device that isn't there or can't be used.
+        UserError: a model or text encoder that isn't there or can't be used.
     """
-    device = pick_device(setup)
     checkpoint = Checkpoint(facts.path / "transformer" if facts.is_pipeline else facts.path)
     model = build_empty(checkpoint.l2p_config(), checkpoint.layout.source.name)
     dtype = pick_dtype(setup.dtype, device)[0] or checkpoint.default_dtype
@@ -122,24 +154,93 @@ def plan(setup: Setup, request: Request, facts: ModelFacts) -> str:
     if setup.head_memory_mb is not None:
         model.head.memory_mb = setup.head_memory_mb
     unit = model.size_multiple
-    size = tuple(-(-side // unit) * unit for side in (request.height, request.width))
-    guided = request.guidance is None or request.guidance > 1
-    alone = request.cfg_batch == "off" or (request.cfg_batch == "auto" and one_by_one(device, size))
-    memory = expected(model, dtype, device, size, guided=guided, rows=2 if guided and not alone else 1)
-    if request.starts_at is not None:  # the image to start from, in bytes, and what of it is kept
-        memory.images += size[0] * size[1] * (3 + request.edits)
-    encoder, words = 0, ""
-    source = facts.path if setup.text_encoder is None else setup.text_encoder
-    if os.path.isdir(source):
-        opened = [open_encoder(Path(source), part, kind) for part, _, kind in LAYOUTS[model.source].text]
-        encoder = sum(where.numel for files in opened for where in files.tensors.values()) * dtype.itemsize
-    else:
-        words = f", without the text encoder, as {source} is not here"
+    size = tuple(-(-side // unit) * unit for side in size or (facts.native_size, facts.native_size))
+    alone = cfg_batch == "off" or (cfg_batch == "auto" and one_by_one(device, size))
+    rows = 2 if guided and not alone else 1
+    memory = expected(model, dtype, device, size, guided=guided, rows=rows)
+    if model.head.memory_mb is None:  # the head takes what is there, and makes do with this
+        model.head.memory_mb = AUTO_MEMORY_MB
+    least = expected(model, dtype, device, size, guided=guided, rows=rows)
+    for told in (memory, least):
+        told.images += size[0] * size[1] * kept
+    source = facts.path if setup.text_encoder is None else Path(setup.text_encoder)
+    parts, there = [], os.path.isdir(source)
+    if there:
+        for part, _, kind in LAYOUTS[model.source].text:
+            parts += encoder_parts(open_encoder(source, part, kind).tensors, dtype, quantize)
     kind, kept = str(dtype).removeprefix("torch."), ", ".join(stored.kinds(model))
     kind += f", blocks stored in {kept}" if kept else f", blocks in {quantize}" if quantize != "stored" else ""
-    lines = [f"model      {facts.name}, {kind}; {size[1]}x{size[0]} on {device}"]
-    parts = {"weights": memory.weights, "text encoder": encoder, "head's packed": memory.packed,
-             "images": memory.images, "working": memory.working, "total": memory.total + encoder}  # fmt: skip
-    lines += [f"{'memory' if i == 0 else '':11}{name:<18}{count / 1e9:>9.2f} GB" for i, (name, count) in
-              enumerate(parts.items())]  # fmt: skip
-    return "\n".join(lines) + words
+    return Count(f"{facts.name}, {kind}", memory, sum(parts) if there else None, peaks(model, dtype, least, parts))
+
+
+def encoder_parts(tensors: Mapping[str, Stored], dtype: torch.dtype, quantize: str) -> list[int]:
+    """Bytes of each tensor of a text encoder, as `loading.load_text_encoders` keeps it."""
+
+    def held(name: str, where: Stored) -> int:
+        module, _, leaf = name.rpartition(".")
+        linear = leaf == "weight" and len(where.shape) == 2 and not re.search("embed|shared", module)
+        if linear and not any(word in module for word in IN_FULL):
+            if quantize == "stored" and where.quantized:
+                return where.nbytes + (where.scale.numel * 4 if where.scale else 0)
+            if quantize != "stored" and products.fits(where.shape, quantize):
+                return products.linear_bytes(where.shape, quantize)
+        return where.numel * dtype.itemsize
+
+    return [held(name, where) for name, where in tensors.items()]
+
+
+def peaks(model: PixelModel, dtype: torch.dtype, memory: Memory, encoder: Sequence[int]) -> dict[str, int]:
+    """The most bytes on the device at once, by the kind of offloading (`request.OFFLOAD`).
+
+    Args:
+        memory: of a step of ``model``, all of it on the device.
+        encoder: bytes of each tensor of the text encoders.
+    """
+
+    def held(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters()) * dtype.itemsize + sum(b.nbytes for b in module.buffers())
+
+    blocks = [held(block) for _, block in model.blocks()]
+    # What streams in comes before what is there has left: two blocks, or two layers.
+    rest, layers = memory.weights - sum(blocks), 2 * max(encoder, default=0) + ENCODING
+    largest = max(held(module) for module in model.modules() if not list(module.children()))
+    step = memory.total - memory.weights
+    return {
+        "none": sum(encoder) + memory.total,
+        "text": max(memory.weights + layers, memory.total),
+        "blocks": max(layers, rest + 2 * max(blocks) + step),
+        "model": max(sum(encoder) + ENCODING, memory.total),
+        "sequential": max(layers, 2 * largest + step),
+    }
+
+
+def plan(setup: Setup, request: Request, facts: ModelFacts, device_gb: float | None = None) -> str:
+    """The dry run's text: memory by what holds it, from the files' headers alone.
+
+    Args:
+        device_gb: free memory of a GPU that isn't here, to plan for; None: what is here.
+
+    Raises:
+        UserError: a model, text encoder or device that isn't there or can't be used.
+    """
+    device = pick_device(setup) if device_gb is None else torch.device("meta")
+    guided = request.guidance is None or request.guidance > 1
+    size = request.height, request.width
+    kept = 0 if request.starts_at is None else 3 + request.edits  # the image, and what of it is kept
+    found = counted(setup, facts, device, size, guided, request.cfg_batch, kept)
+    where = device if device_gb is None else f"a GPU with {device_gb:g} GB free"
+    lines = [f"model      {found.what}; {request.width}x{request.height} on {where}"]
+    memory, encoder = found.memory, found.encoder or 0
+    rows = {"weights": memory.weights, "text encoder": encoder, "head's packed": memory.packed,
+            "images": memory.images, "working": memory.working, "total": memory.total + encoder}  # fmt: skip
+    lines += [f"{'memory' if i == 0 else '':11}{name:<18}{amount / 1e9:>9.2f} GB" for i, (name, amount) in
+              enumerate(rows.items())]  # fmt: skip
+    if found.encoder is None:
+        lines[-1] += f", without the text encoder, as {setup.text_encoder or facts.path} is not here"
+    if device.type != "cpu":
+        told = ", ".join(f"{how} {amount / 1e9:.2f}" for how, amount in found.peaks.items())
+        lines.append(f"offload    GB on the device at once: {told}")
+        free = free_bytes(device) if device_gb is None else int(device_gb * 1e9)
+        how, why = pick(free, lambda: found.peaks) if setup.offload == "auto" else (setup.offload, "")
+        lines.append(f"{'':11}{how}: {found.peaks[how] / 1e9:.2f} GB{why}")
+    return "\n".join(lines)

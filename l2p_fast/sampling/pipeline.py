@@ -628,6 +628,7 @@ def load_pipeline(
     torch_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantize: str | None = None,
+    text_device: torch.device | str | None = None,
 ) -> L2PPipeline:
     """Load a pipeline folder, or a checkpoint (file, shards or transformer folder) with a text encoder beside it.
 
@@ -642,6 +643,7 @@ def load_pipeline(
         device: where they go.
         quantize: "fp8", "int8" or "nf4": the blocks of transformer and text encoder in 8 or 4 bits; "stored": as the
             files have them. None: in full.
+        text_device: where the text encoder goes; None: to ``device``, too.
 
     Raises:
         UserError: a file that can't be used, or no text encoder.
@@ -655,7 +657,7 @@ def load_pipeline(
         os.path.join(model, "transformer") if is_pipeline else model, torch_dtype, device, quantize=quantize
     )
     folder, source = model if text_encoder is None else text_encoder, transformer.source
-    loaded = load_text_encoders(folder, source, transformer.dtype, device, quantize)
+    loaded = load_text_encoders(folder, source, transformer.dtype, text_device or device, quantize)
     (encoder, tokenizer), more = loaded[0], [part for pair in loaded[1:] for part in pair]
     scheduler = make_scheduler(stored.shift)
     return L2PPipeline(

@@ -57,6 +57,7 @@ REPLACES: dict[str, tuple[str, ...]] = {
     "strength": ("refine",),
     "refine": (*_SIZES, "strength", "mask", "mask_sha256", "mask_blend", "outpaint"),
 }
+OFFLOAD = ("none", "text", "blocks", "model", "sequential", "auto")
 LARGEST_LORA, MOST_LORAS = 100, 100  # scale, and how many
 LONGEST_PROMPT = 100_000  # characters; the model reads the first 512 tokens
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"} | {
@@ -368,7 +369,9 @@ class Setup(_Fields):
             blocks' weights and products and the text encoder's weights in 8 bits; nf4 (or 4bit): weights in 4 bits.
         compile: torch.compile the blocks.
         cuda_graph: run the steps by CUDA graphs, where that can be.
-        offload: none, model or sequential: keep in host memory what is not at work.
+        offload: keep in host memory what is not at work: none; text: the text encoder; blocks: that, and the blocks,
+            each of which comes while the one before it computes; model: whole models; sequential: single layers; auto:
+            the first of none, text and blocks that free memory allows.
         head_memory_mb: working memory of the Detailer Head.
         draft: the model that draws the small image of a request to refine that has none; named as ``model``.
 
@@ -407,7 +410,7 @@ class Setup(_Fields):
             backends.check(self.attention, biased=False)
         except UserError as error:
             raise FieldError("attention", str(error).removeprefix("--").removeprefix("attention ")) from error
-        choose("offload", self.offload, ("none", "model", "sequential"))
-        if self.offload != "none" and self.device == "cpu":
+        choose("offload", self.offload, OFFLOAD)
+        if self.offload not in ("none", "auto") and self.device == "cpu":
             raise FieldError("offload", f"{self.offload} needs a GPU; leave it out with {{device}} cpu")
         check_number("head_memory_mb", self.head_memory_mb)

@@ -28,8 +28,11 @@ from ..loading import load_loras
 from ..models import attention
 from ..quantize import CodedLinear, products, stored
 from ..variants import OF_PATCH
+from .devices import free_bytes, pick_device, pick_dtype
 from .drawing import Drawing, read_image, read_mask
 from .facts import check_lora, check_text_encoder, find_model
+from .footprint import counted
+from .offload import arrange, pick
 from .pipeline import L2PPipeline, load_pipeline
 from .request import Lora, Request, Setup, drawn_size, margins_of
 
@@ -100,11 +103,15 @@ class Session:
         dtype, why = pick_dtype(setup.dtype, device)
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-        at_once = device if setup.offload == "none" else torch.device("cpu")
         quantize = "stored" if setup.quantize == "none" else setup.quantize
         if quantize != "stored":
             products.check(quantize, device)  # before it is loaded, and where offloading will run it
-        pipe = load_pipeline(facts.path, setup.text_encoder, dtype, at_once, quantize)
+        how, reason = setup.offload, ""
+        if how == "auto":
+            free = free_bytes(device)
+            how, reason = pick(free, lambda: counted(setup, facts, device, size and (size, size)).peaks)
+        places = [device if how in resident else torch.device("cpu") for resident in (("none", "text"), ("none",))]
+        pipe = load_pipeline(facts.path, setup.text_encoder, dtype, places[0], quantize, text_device=places[1])
         if setup.head_memory_mb is not None:
             pipe.transformer.head.memory_mb = setup.head_memory_mb
         if kinds := stored.kinds(pipe.transformer):
@@ -117,10 +124,7 @@ class Session:
         counts = load_loras(pipe.transformer, [(lora.file, lora.scale) for lora in setup.lora]) if setup.lora else []
         if setup.compile:
             pipe.transformer.compile_repeated_blocks()
-        if setup.offload == "model":
-            pipe.enable_model_cpu_offload(device=device)
-        elif setup.offload == "sequential":
-            pipe.enable_sequential_cpu_offload(device=device)
+        arrange(pipe, how, device)
         words = f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         kind = str(pipe.transformer.dtype).removeprefix("torch.")
@@ -131,9 +135,11 @@ class Session:
             f"extension  {ops.extension_status()}",
             f"head       {'kernels' if obstacle is None else f'the library, without kernels: {obstacle}'}",
         ]
+        if setup.offload != "none":
+            report.append(f"offload    {how}{reason}")
         for lora, (merged, over) in zip(setup.lora, counts, strict=True):
             report.append(f"lora       {lora} ({merged} layers fused, {over} as adapters)")
-        setup = replace(setup, model=facts.name, device=str(device), dtype=kind)
+        setup = replace(setup, model=facts.name, device=str(device), dtype=kind, offload=how)
         return cls(pipe, setup, facts.name, report=report)
 
     def choose_attention(self, height: int, width: int) -> str:
@@ -330,35 +336,3 @@ def draw_small(setup: Setup, requests: Sequence[Request], folder: Path, bar: boo
     del session, pipe
     gc.collect()
     return paths
-
-
-def pick_device(setup: Setup) -> torch.device:
-    """The device asked for, or the first GPU, or the CPU.
-
-    Raises:
-        FieldError: a device that is absent.
-    """
-
-    def present(kind: str, index: int) -> bool:
-        if kind == "mps":
-            return torch.backends.mps.is_available()
-        module = getattr(torch, kind, None)
-        return kind == "cpu" or (module is not None and module.is_available() and index < module.device_count())
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if setup.device != "auto":
-        device = torch.device(setup.device)
-        if not present(device.type, device.index or 0):
-            raise FieldError("device", f"{setup.device}: torch {torch.__version__} sees none; try {{device}} cpu")
-    if setup.offload != "none" and device.type == "cpu":
-        raise FieldError("offload", f"{setup.offload} needs a GPU, and torch sees none; leave it out")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The dtype to load in (None: as the checkpoint is) and why, as words."""
-    if name != "auto":
-        return getattr(torch, name), ""
-    if device.type == "cpu" and not ops.cpu_has_fast_bf16():
-        return torch.float32, " (this CPU has no fast bfloat16)"
-    return None, ""
