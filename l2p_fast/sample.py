@@ -63,12 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--strength", type=float, help="how much of --image to replace, above 0 and at most 1 (default: 0.6, or 1)")
     add("--mask", help="draw only where this image of --image's size is white; gray: less strongly")
     add("--outpaint", metavar="L,T,R,B", help="add pixels to --image: left, top, right, bottom")
-    add(
-        "--mask-blend",
-        type=int,
-        metavar="PX",
-        help="how far the seam reaches into what is drawn (half a patch)",
-    )
+    add("--mask-blend", type=int, metavar="PX", help="how far the seam reaches into what is drawn (half a patch)")
     add("--refine", type=float, metavar="STRENGTH", help="bring --image, or what --draft draws, to the model's size")
     add("--draft", help="the model that draws the small image of --refine (default: tiny-1k for a bundled model)")
     add("--coarse-size", type=int, help="tokens a side of the coarse start; 0: none (default: the model's)")
@@ -76,10 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", help="bf16, fp32, fp16 or auto: the checkpoint's own (default)")
     add("--device", help="cpu, cuda, cuda:1, mps, xpu or auto: a GPU if there is one (default)")
     add("--attention", help="a diffusers attention backend such as native, flash, sage or xformers (default: auto)")
-    add(
-        "--quantize",
-        help="the blocks' weights in fewer bits: fp8, int8 (8bit), nf4 (4bit) or none: as the file is (default)",
-    )
+    add("--quantize", help="weights in fewer bits: fp8, int8 (8bit), nf4 (4bit) or none: as the file is (default)")
     add("--compile", action="store_true", default=None, help="torch.compile the transformer's blocks")
     add("--cuda-graph", action="store_true", default=None, help="run the steps by CUDA graphs, where that can be")
     add("--offload", help="what waits in host memory: none (default), text, blocks, model, sequential or auto")
