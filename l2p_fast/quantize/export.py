@@ -1,6 +1,6 @@
 """Whole checkpoints in fewer bits, written as ComfyUI and stable-diffusion.cpp read them.
 
-Rounded are the blocks' linear layers without a bias: head, embeddings, norms and the timestep's layers stay in bf16.
+Rounded are the blocks' linear layers: head, embeddings, norms and the layers for the timestep stay in bf16.
 The formats are INT8 with a scale a row, rotated (ConvRot), float8 with a scale a tensor, and GGUF's Q8_0 and Q4_K. Each
 is made piece by piece while it is written.
 
