@@ -56,10 +56,10 @@ MUTANTS = (
         ALL,
     ),
     Mutant(
-        "a row's scale from what one warp has found",
+        "a row's scale from what each warp alone has found",
         "norm_cuda.cu",
-        "sum.second = Second{}(sum.second, warps[parity][w].second);",
-        "sum.second = w == 0 ? warps[parity][w].second : sum.second;",
+        "sum = block_sum<Largest>(sum, row & 1);",
+        "sum = {block_sum<Largest>(sum, row & 1).first, lanes_sum<kWarp, Largest>(sum).second};",
         NORM,
         ALL,
     ),
