@@ -62,8 +62,8 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    16: Recipe(0.25, {128: 0.7, 256: 0.1, 512: 0.1, 1024: 0.1}, crop=64, batch=24, shift=6.0, steps=16),
-    64: Recipe(0.375, {512: 0.6, 1024: 0.1, 2048: 0.1, 4096: 0.2}, crop=256, batch=4, shift=16.0, steps=24),
+    16: Recipe(0.25, {128: 0.4, 256: 0.2, 512: 0.2, 1024: 0.2}, crop=64, batch=24, shift=6.0, steps=16),
+    64: Recipe(0.375, {512: 0.3, 1024: 0.15, 2048: 0.2, 4096: 0.35}, crop=256, batch=4, shift=16.0, steps=24),
 }
 FOLDERS = {16: "tiny-1k", 64: "tiny-4k"}
 GUIDANCE, COARSE_STRENGTH, FULL_GUIDANCE = 1.7, 0.8, 1.0
@@ -158,13 +158,16 @@ def draw_sample(recipe: Recipe, patch_size: int, seed: int) -> Sample:
     if crop % gain == 0:
         row, column, cells = top // gain, left // gain, crop // gain
         small_eps[:, row : row + cells, column : column + cells] = F.avg_pool2d(eps, gain) * gain
-    # Images larger than the base are begun coarsely: low noise is seen at their size, and some of the coarse blur.
+    # Images larger than the base are begun coarsely: low noise is seen at their size, and some of the coarse blur. The
+    # texture that the coarse image can't hold stays whole. Its phase is not in what is shown if it is taken out, so the
+    # best prediction would be none, and in sampling it would never grow out of the noise.
     u, shown = rng.random(), clean
     if side > base:
         sigma, scale = 0.85 * u, side // base
         coarse = draw(scene, base, base, (top // scale, left // scale, crop // scale, crop // scale))
         blurred = F.interpolate(torch.from_numpy(coarse)[None], (crop, crop), mode="bicubic")[0]
-        shown = torch.lerp(clean, blurred, max(0.0, rng.uniform(-0.5, 1.0)))
+        sharp = torch.from_numpy(draw(scene, side, side, (top, left, crop, crop), texture_of=base))
+        shown = clean + max(0.0, rng.uniform(-0.5, 1.0)) * (blurred - sharp)
     else:
         shift = recipe.shift
         sigma = shift * u / (1 + (shift - 1) * u) if rng.random() < 0.5 else 0.7 * u

@@ -51,8 +51,10 @@ def block(
     qkv = F.linear(y, torch.cat([q, k, v]))
     query, key, value = (part.unflatten(-1, (heads, -1)) for part in qkv.chunk(3, dim=-1))
     query, key = rotate(rms_norm(query, norm_q), rope), rotate(rms_norm(key, norm_k), rope)
-    y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
-    y = rms_norm(F.linear(y.transpose(1, 2).flatten(2), out), norm2)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    # Written out: so few tokens take the library's fused attention twice as long, most of it in the backward pass.
+    shares = (query @ key.mT * query.shape[-1] ** -0.5).float().softmax(-1).to(value.dtype)
+    y = rms_norm(F.linear((shares @ value).transpose(1, 2).flatten(2), out), norm2)
     x = x + (y if scales is None else scales[1].tanh() * y)
     y = rms_norm(x, ffn_norm1)
     y = y if scales is None else y * (1 + scales[2])

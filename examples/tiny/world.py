@@ -234,22 +234,30 @@ def _texture(x: np.ndarray, y: np.ndarray, pixels: float, weave: bool) -> np.nda
     return value
 
 
-def draw(scene: list[Thing], height: int, width: int, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
+def draw(
+    scene: list[Thing],
+    height: int,
+    width: int,
+    window: tuple[int, int, int, int] | None = None,
+    texture_of: int | None = None,
+) -> np.ndarray:
     """Draw a scene.
 
     Args:
         scene: things in units of the longer side.
         height, width: size of the whole picture in pixels.
         window: (top, left, height, width) in pixels of the part to draw; the whole picture when None.
+        texture_of: longer side in pixels of the picture whose texture to draw, if not its own: a smaller one has less.
 
     Returns:
         float32 (3, h, w) in [-1, 1].
     """
     pixels = float(max(height, width))
+    detail = float(texture_of or pixels)
     top, left, rows, cols = window or (0, 0, height, width)
     y = ((top + np.arange(rows, dtype=np.float32) + 0.5) / pixels)[:, None]
     x = ((left + np.arange(cols, dtype=np.float32) + 0.5) / pixels)[None]
-    light = 0.03 * (0.5 - y) + 0.025 * _texture(x, y, pixels, weave=True)
+    light = 0.03 * (0.5 - y) + 0.025 * _texture(x, y, detail, weave=True)
     picture = np.asarray(PAPER, np.float32)[:, None, None] + light
     for thing in scene:
         reach = thing.size + 1 / pixels
@@ -263,7 +271,7 @@ def draw(scene: list[Thing], height: int, width: int, window: tuple[int, int, in
         distance = signed_distance(thing.shape, (xs - np.float32(thing.x)) / size, (ys - np.float32(thing.y)) / size)
         cover = np.clip(0.5 - distance * size * np.float32(pixels), 0, 1)
         paint = np.asarray(COLORS[thing.color], np.float32)[:, None, None] + WEAVE * _texture(
-            xs, ys, pixels, weave=False
+            xs, ys, detail, weave=False
         )
         picture[:, part[0], part[1]] += cover * (paint - picture[:, part[0], part[1]])
     return np.clip(picture, 0, 1) * 2 - 1
