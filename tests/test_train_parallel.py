@@ -54,6 +54,20 @@ def test_two_processes_train_as_one(tmp_path, kind, tolerance):
     close(tmp_path / "one", tmp_path / "two", tolerance)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tolerance"), [EXACT, BITS_8])
+def test_two_nodes_of_two_train_as_one(tmp_path, kind, tolerance):
+    """Shared within a node, copied across them; then all four processes' states are read by one."""
+    needs(kind)
+    config = make_world(tmp_path)
+    settings = [f"optim.kind={kind}", "save_every=3", "optim.clip=1", "data.grids.0.batch=4"]
+    main([str(config), *settings, "steps=5", f"run={tmp_path / 'one'}"])
+    four = [*settings, f"run={tmp_path / 'four'}"]
+    run_ranks(4, [config, *four, "accumulation=1", "steps=3", "--hybrid"], tmp_path / "log", node=2)
+    main([str(config), *four, "steps=5"])
+    close(tmp_path / "one", tmp_path / "four", tolerance)
+
+
 @pytest.mark.parametrize(("kind", "tolerance"), [slow(*EXACT), BITS_8])
 @pytest.mark.parametrize("first", [1, 2])
 def test_saved_on_some_processes_resumed_on_others(tmp_path, kind, tolerance, first):

@@ -98,12 +98,12 @@ def start(argv: list[str], log: Path, **environment: str) -> multiprocessing.Pro
     return process
 
 
-def run_ranks(world: int, argv: list[str], log: Path, code: int = 0) -> None:
-    """``argv`` on ``world`` processes, as torchrun would start them; all must end with ``code``."""
+def run_ranks(world: int, argv: list[str], log: Path, code: int = 0, node: int | None = None) -> None:
+    """``argv`` on ``world`` processes, ``node`` a node, as torchrun would start them; all must end with ``code``."""
     port = str(free_port())
     ranks = [
-        start([*argv, "--fsdp"], log.with_suffix(f".{rank}"), RANK=str(rank), LOCAL_RANK=str(rank),
-              WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        start([*argv, "--fsdp"], log.with_suffix(f".{rank}"), RANK=str(rank), LOCAL_RANK=str(rank % (node or world)),
+              WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(node or world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for rank in range(world)
     ]  # fmt: skip
     for rank, process in enumerate(ranks):
