@@ -27,6 +27,7 @@ OPTIONAL = {
     "kernels": "--attention flash_hub and the like: pip install kernels",
     "gguf": "GGUF files: pip install l2p_fast[gguf]",
     "openai": "l2p data: pip install l2p_fast[data]",
+    "ray": "l2p data images --engine ray: pip install l2p_fast[ray]",
     "tensorboard": "training curves: pip install tensorboard",
 }
 

@@ -269,6 +269,8 @@ def transfer(folder: Path, source: str, minutes: float) -> None:
         make_features(features, texts, folder / "source", torch.device("cpu"), source, TEXT_TOKENS)
     running = []
     for name, policy in (("transfer", {"policy": "paper", "n": 1}), ("scratch", {"policy": "full"})):
+        if (folder / name / "trained-ema.safetensors").exists():
+            continue
         config = {
             "run": str(folder / name), "steps": 1_000_000, "minutes": minutes, "save_every": SAVE_EVERY,
             "freeze": policy,
