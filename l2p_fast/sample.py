@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=int, help="in pixels")
     add("--steps", type=int, help="denoising steps (default: the model's)")
     add("--guidance", type=float, help="guidance scale; 1 switches it off (default: the model's)")
+    add("--guidance-interval", metavar="LOW,HIGH", help="noise levels at which there is guidance (default: all, 0,1)")
     add("--shift", type=float, help="shift of the noise schedule (default: the model's, 3)")
     add("--negative", help='prompt to steer away from (default: "")')
     add("--num-images", type=int, help="images of each prompt, with seeds counting up (default: 1)")

@@ -233,18 +233,21 @@ def test_a_pipeline_by_graphs_draws_the_same(captures):
     """Over two stages of different sizes, with prompts that a callback changes."""
     pipe = tiny_pipeline(coarse_size=2, coarse_strength=0.95)
 
-    def draw(**how):
+    def draw(interval=None, **how):
         def changed(pipe, step, t, tensors):
             return {"prompt_embeds": [1.5 * embeds for embeds in tensors["prompt_embeds"]]} if step == 5 else {}
 
         return pipe(
             "a red star", height=64, width=64, num_inference_steps=4, guidance_scale=3.0, output_type="latent",
+            guidance_interval=interval,
             generator=torch.Generator().manual_seed(0), callback_on_step_end=changed,
             callback_on_step_end_tensor_inputs=["prompt_embeds"], **how,
         ).images  # fmt: skip
 
     assert torch.equal(draw(cuda_graph=True), draw())
     assert len(captures) == 2
+    assert torch.equal(draw((0.8, 1), cuda_graph=True), draw((0.8, 1)))
+    assert len(captures) == 5  # small with guidance and without, and large, of which one step has none
 
 
 def test_without_a_gpu_the_steps_run_as_ever_and_that_is_said(caplog):

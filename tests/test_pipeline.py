@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tiny_pipeline import FEATURES, save_tiny, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer
 
@@ -172,6 +172,48 @@ def test_no_guidance_runs_one_half(pipe, monkeypatch):
     rows.clear()
     pipe("a", **SMALL)
     assert rows == [2] * 3
+
+
+def attentive_pipeline() -> L2PPipeline:
+    """One whose images depend on the prompts, which those of small random weights hardly do."""
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        for name, weight in pipe.transformer.named_parameters():
+            weight.mul_(5 if "local_decoder" not in name else 2 if weight.ndim > 1 else 1)
+    return pipe
+
+
+def test_guidance_within_an_interval_alone(monkeypatch):
+    """At four steps of shift 3, whose noise levels are 1, 0.9, 0.75 and 0.5."""
+    pipe = attentive_pipeline()
+    rows, noise = [], torch.randn(2, 3, 32, 48, generator=seeded(1))
+    real = pipe.transformer.forward
+    monkeypatch.setattr(pipe.transformer, "forward", lambda x, *a, **k: rows.append(len(x)) or real(x, *a, **k))
+
+    def run(interval, g=2.5, **how):
+        rows.clear()
+        how = SMALL | {"num_inference_steps": 4, "guidance_scale": g, "noise": noise, "output_type": "latent"} | how
+        return pipe(["a red star", "two blue circles"], "blurry", guidance_interval=interval, **how).images
+
+    full = run(None)
+    assert torch.equal(run((0, 1)), full) and rows == [4] * 4
+    assert torch.equal(run((0.6, 0.7)), run(None, g=1.0)) and rows == [2] * 4
+    pos, neg, x = pipe.encode_prompt(["a red star", "two blue circles"]), pipe.encode_prompt(["blurry"] * 2), noise
+    with torch.no_grad():
+        for s, s_next in zip(*(flow.sigmas(4)[i : 4 + i] for i in (0, 1)), strict=True):
+            v, v_neg = (flow.velocity(pipe.transformer(x, (1 - s).expand(2), caps)) for caps in (pos, neg))
+            x = flow.advance(x, flow.guide(v, v_neg, 2.5) if s in (0.75, flow.sigmas(4)[1]) else v, s, s_next)
+    for batched, ran in ((True, [2, 4, 4, 2]), (False, [2, 2, 2, 2, 2, 2])):
+        out = run((0.75, 0.9), cfg_batch=batched)
+        assert rows == ran and (out - x).norm() / x.norm() < 1e-3 and pipe.cfg_batched is batched
+    assert (x - full).norm() / x.norm() > 0.01
+    image = PIL.Image.new("RGB", (48, 32), (90, 60, 30))
+    run((0.6, 0.8), image=image, strength=0.5)
+    assert rows == [4, 2]
+    mask = PIL.Image.new("L", (48, 32))
+    mask.paste(255, (8, 8, 40, 24))
+    run((0.6, 0.8), image=image, mask_image=mask)
+    assert rows == [2, 2, 4, 2]
 
 
 def test_an_image_does_not_depend_on_its_batch(pipe):
@@ -445,6 +487,25 @@ def test_caches():
         pipe.transformer.disable_cache()
 
 
+@pytest.mark.parametrize("config", (FirstBlockCacheConfig(threshold=0.0), TaylorSeerCacheConfig(cache_interval=1)))
+def test_caches_and_guidance_within_an_interval(config):
+    """What is kept of the prompts' half is of the step before, whether that had guidance or not."""
+    pipe = attentive_pipeline()
+    how = SMALL | {"num_inference_steps": 4, "guidance_interval": (0.7, 0.95), "output_type": "np"}
+    plain = pipe("a", generator=seeded(), **how).images
+    pipe.transformer.enable_cache(config)
+    names, enter = [], pipe.transformer.cache_context
+    pipe.transformer.cache_context = lambda name: names.append(name[:6]) or enter(name)
+    assert np.abs(pipe("a", generator=seeded(), **how).images - plain).max() < 1e-4
+    assert names == ["(0, 1)"] + ["(0, 1)", "(1, 2)"] * 2 + ["(0, 1)"]
+    with pytest.raises(UserError, match="can't be one batch"):
+        pipe("a", cfg_batch=True, **how)
+    pipe.transformer.disable_cache()
+    pipe.transformer.enable_cache(MagCacheConfig(calibrate=True))
+    with pytest.raises(UserError, match="MagCache has a ratio for each step"):
+        pipe("a", **how)
+
+
 # --- files ---
 
 
@@ -491,6 +552,8 @@ def test_load_in_another_dtype_and_with_a_text_encoder_of_its_own(tmp_path):
         ({"width": 3}, "try 16"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"guidance_scale": -1.0}, "at least 0"),
+        ({"guidance_interval": (0.5,)}, "guidance_interval must be LOW,HIGH"),
+        ({"guidance_interval": (0.8, 0.2)}, "0 <= LOW < HIGH <= 1, got '0.8,0.2'; try"),
         ({"shift": 0.0}, "shift must be above 0"),
         ({"strength": 1.5}, "at most 1, got 1.5; try 1"),
         ({"coarse_strength": -0.5}, "above 0"),

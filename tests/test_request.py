@@ -45,6 +45,10 @@ def test_loras_of_a_setup():
         ({"steps": 2.0}, "steps is '2.0', not int"),
         ({"steps": 10**9}, "steps must be at most 10000"),
         ({"seed": 2**63}, "seed must be below 2\\^63"),
+        ({"guidance_interval": "0.5"}, "guidance_interval must be LOW,HIGH"),
+        ({"guidance_interval": "nan,1"}, "guidance_interval must be LOW,HIGH"),
+        ({"guidance_interval": "0.2,1.5"}, "got '0.2,1.5'; try 0.2,0.8"),
+        ({"guidance_interval": 0.5}, "guidance_interval is '0.5', not str"),
         ({"guidance": math.nan}, "guidance must be at least 0"),
         ({"guidance": 1e308}, "guidance must be at most"),
         ({"guidance": 10**400}, "guidance must be at most"),
@@ -120,6 +124,8 @@ def test_what_is_finished(tmp_path):
     Drawing(Image.new("RGB", (48, 32)), settings | {"seed": 8}, {}).save(job.path)
     assert not is_finished(job, Setup(), False) and is_finished(job, Setup(), True)
     Drawing(Image.new("RGB", (48, 32)), settings | {"steps": 4}, {}).save(job.path)
+    assert not is_finished(job, Setup(), True)
+    Drawing(Image.new("RGB", (48, 32)), settings | {"guidance_interval": "0.2,0.8"}, {}).save(job.path)
     assert not is_finished(job, Setup(), True)
     Drawing(Image.new("RGB", (48, 32)), settings | {"lora": [{"file": "a", "scale": 0.5}]}, {}).save(job.path)
     assert not is_finished(job, Setup(), True) and is_finished(job, Setup(lora="a:0.5"), True)

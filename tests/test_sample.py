@@ -23,7 +23,7 @@ from l2p_fast.formats.checkpoint import Checkpoint
 from l2p_fast.formats.write import save_single_file
 from l2p_fast.models import attention
 from l2p_fast.sampling import facts, jobs, request, session
-from l2p_fast.sampling.drawing import Drawing, save_image
+from l2p_fast.sampling.drawing import Drawing, read_settings, save_image
 from l2p_fast.sampling.pipeline import L2PPipeline
 
 
@@ -78,12 +78,16 @@ def test_a_dry_run_tells_what_the_weights_take(run, model, capsys):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_from_image_repeats_pixel_for_pixel(run, suffix):
-    run("a blue ring", "--height", 32, "--width", 48, "--steps", 3, "--guidance", 3.5, "--out", f"one{suffix}")
+    how = ("--steps", 3, "--guidance", 3.5, "--guidance-interval", "0.8,1")
+    run("a blue ring", "--height", 32, "--width", 48, *how, "--out", f"one{suffix}")
     with pytest.raises(UserError, match="names --model .*; add these options, or --trust"):
         run("--from-image", f"one{suffix}", "--out", f"two{suffix}", model=None)
     assert run("--from-image", f"one{suffix}", "--trust", "--out", f"two{suffix}", model=None) == 0
     assert np.array_equal(pixels(f"one{suffix}"), pixels(f"two{suffix}"))
     assert Image.open(f"two{suffix}").size == (48, 32)
+    run("--from-image", f"one{suffix}", "--guidance-interval", "0,1", "--out", f"full{suffix}")
+    told = [read_settings("image", f"{name}{suffix}")["guidance_interval"] for name in ("one", "two", "full")]
+    assert told == ["0.8,1", "0.8,1", "0,1"]
     run("--from-image", f"one{suffix}", "--seed", 5, "--res", 16, "--out", f"three{suffix}")
     assert Image.open(f"three{suffix}").size == (16, 16)
 

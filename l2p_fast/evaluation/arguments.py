@@ -43,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
 def add_drawing(parser: argparse.ArgumentParser, guidance: bool = True) -> None:
     """Options of drawing, which mean what they mean to `l2p sample`."""
     add = parser.add_argument
-    texts = ("model", "text-encoder", "negative", "dtype", "attention", "quantize", "offload", "cfg-batch")
-    for name in texts:
+    texts = ("model", "text-encoder", "negative", "guidance-interval", "dtype", "attention", "quantize", "offload")
+    for name in (*texts, "cfg-batch"):
         add(f"--{name}", help="as of l2p sample")
     for name in ("res", "height", "width", "steps", "seed", "coarse-size"):
         add(f"--{name}", type=int, help="as of l2p sample" + (" (default: 0)" if name == "seed" else ""))

@@ -29,6 +29,24 @@ def check_cache(config: Any) -> str:
     return name
 
 
+def check_unguided_steps(config: Any, cfg_batch: bool | str) -> None:
+    """That the cache of ``config`` allows guidance at some steps alone.
+
+    What a cache kept of an earlier step must be of the rows of this one, and of the step before. So the prompts run by
+    themselves at every step, beside the negative ones or without them.
+
+    Raises:
+        UserError: both are to be one batch, or the cache counts steps from the first.
+    """
+    if cfg_batch is True:
+        raise UserError("with a cache and a guidance_interval, the halves can't be one batch; leave cfg_batch out")
+    if type(config).__name__ == "MagCacheConfig":
+        raise UserError(
+            "MagCache has a ratio for each step, so it can't begin at a step within; leave guidance_interval out, or "
+            "take another cache"
+        )
+
+
 def register_block(kind: type[nn.Module], image: int, text: int | None = None) -> None:
     """Tell diffusers where a block's outputs have the image's stream, and the text's if there is one."""
     metadata = TransformerBlockMetadata(return_hidden_states_index=image, return_encoder_hidden_states_index=text)

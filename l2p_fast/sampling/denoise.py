@@ -39,7 +39,7 @@ def denoise(
     predict: Predictor,
     pixels: Tensor,
     scheduler: Any,
-    guidance: Callable[[], float],
+    guidance: Callable[[float], float],
     begin: int = 0,
     on_step: Callable[[int, Tensor], Tensor | None] | None = None,
     kept: Kept | None = None,
@@ -50,7 +50,8 @@ def denoise(
         predict: the network's raw outputs, x0 - eps.
         pixels: (B, 3, H, W) fp32, the state at the noise level of step ``begin``; written over.
         scheduler: a flow-matching scheduler whose timesteps are set.
-        guidance: asked before each step for the guidance scale; up to 1: none.
+        guidance: asked before each step, with its noise level, for the guidance scale; up to 1: none, which takes half
+            the work.
         begin: index of the first step.
         on_step: called after each step with its index and the state, which the next step writes over. It may return
             another state, or raise `Stop`.
@@ -66,7 +67,7 @@ def denoise(
     fused, finite = is_euler(scheduler), _Finite(len(timesteps), predict.dtype)
     scheduler.set_begin_index(begin)
     for i in range(begin, len(timesteps)):
-        scale = guidance()
+        scale = guidance(float(sigmas[i]))
         raw, negative = predict(pixels, i, guided=scale > 1)
         moved = pixels  # Euler's step is taken in place
         if not fused:

@@ -152,6 +152,7 @@ def is_finished(job: Job, setup: Setup, any_seed: bool) -> bool:
     except (OSError, UserError):  # empty, damaged, or not ours
         return False
     asked = {name: value for name, value in job.request.as_dict().items() if value is not None}
+    asked["guidance_interval"] = job.request.guidance_interval  # the model chooses none, so none is asked for as well
     del asked["cfg_batch"]  # how it is drawn, not what
     if any_seed:
         del asked["seed"]

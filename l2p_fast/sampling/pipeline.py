@@ -42,7 +42,7 @@ from .denoise import Predictor, Stop, denoise
 from .drawing import color_profile
 from .editing import Kept, Source, make_kept_source, make_source
 from .pixels import OUTPUT_TYPES, draw_noise, images_of, pixels_to_images, size_of
-from .request import EDIT_STRENGTH, STRENGTH, check_number, check_size, kept_size, margins_of
+from .request import EDIT_STRENGTH, STRENGTH, check_number, check_size, interval_of, kept_size, margins_of
 
 COARSE_STRENGTH = 0.6
 # What diffusers calls the fields of a request.
@@ -326,6 +326,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
         shift: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -359,6 +360,8 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             sigmas: noise levels before the shift, falling, in place of ``num_inference_steps``.
             guidance_scale: g; up to 1 guidance is off, which halves the work. By default 2.0 for patch 16, 4.0 for
                 larger.
+            guidance_interval: lowest and highest noise level (sigma, in [0, 1]) of the steps that have guidance; the
+                others take half the work. None: all have.
             shift: of the noise schedule; by default the scheduler's (3).
             num_images_per_prompt: B = n times this.
             generator: one drawing the images' noise in turn, or B: then an image does not depend on its neighbors.
@@ -395,6 +398,7 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         images = [] if image is None else images_of(image)
         masks = [] if mask_image is None else images_of(mask_image)
         margins = margins_of(None if outpaint is None else ",".join(map(str, outpaint)))
+        lowest, highest = interval_of(None if guidance_interval is None else ",".join(map(str, guidance_interval)))
         edits = mask_image is not None or outpaint is not None
         for name, given, needed in (("image", image, images), ("mask_image", mask_image, masks)):
             if given is not None and not needed:
@@ -422,6 +426,11 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
             raise UserError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if cfg_batch not in (True, False, "auto"):
             raise UserError(f"cfg_batch must be True, False or 'auto', got {cfg_batch!r}")
+        if (lowest, highest) != (0, 1) and getattr(self.transformer, "is_cache_enabled", False):
+            from ..models.caches import check_unguided_steps  # it takes long to import, and is by now
+
+            check_unguided_steps(self.transformer._cache_config, cfg_batch)
+            cfg_batch = False
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise UserError(f"a callback can be given {self._callback_tensor_inputs}, not {sorted(unknown)}")
         if unknown := set(attention_kwargs or {}) - {"scale"}:
@@ -474,7 +483,9 @@ class L2PPipeline(DiffusionPipeline, ZImageLoraLoaderMixin):
         def stage(name: str, pixels: Tensor, begin: int, done: int, kept: Kept | None) -> Tensor:
             run.stage = name
 
-            def scale() -> float:
+            def scale(sigma: float) -> float:
+                if not lowest - 1e-6 <= sigma <= highest + 1e-6:  # 0.6 is not exactly 0.6 in fp32
+                    return 1.0
                 limited = name == "full" and limit is not None
                 return min(run.guidance_scale, limit) if limited else run.guidance_scale
 

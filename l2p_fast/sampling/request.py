@@ -116,6 +116,25 @@ def margins_of(text: str | None) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
+def interval_of(text: str | None) -> tuple[float, float]:
+    """Lowest and highest noise level of ``LOW,HIGH``; all levels of None.
+
+    Raises:
+        FieldError: other text, or levels that don't rise within [0, 1].
+    """
+    if text is None:
+        return 0.0, 1.0
+    try:
+        low, high = map(float, text.split(","))
+        if 0 <= low < high <= 1:
+            return low, high
+    except ValueError:
+        pass
+    raise FieldError(
+        "guidance_interval", f"must be LOW,HIGH, noise levels with 0 <= LOW < HIGH <= 1, got {text[:60]!r}; try 0.2,0.8"
+    )
+
+
 def check_text(field: str, text: str) -> None:
     """That a prompt can be encoded and is not absurdly long."""
     if len(text) > LONGEST_PROMPT:
@@ -186,6 +205,7 @@ class Request(_Fields):
         height, width: in pixels.
         steps: denoising steps.
         guidance: guidance scale; up to 1: none.
+        guidance_interval: noise levels (sigma) at which guidance is applied, "LOW,HIGH"; None: at all.
         shift: of the noise schedule.
         image: path of an image to start from; ``image_sha256`` its digest, when it must not have changed since.
         strength: share of the steps that an image to start from is put through, in (0, 1].
@@ -210,6 +230,7 @@ class Request(_Fields):
     width: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    guidance_interval: str | None = None
     shift: float | None = None
     image: str | None = None
     image_sha256: str | None = None
@@ -231,6 +252,7 @@ class Request(_Fields):
                 check_number(name, getattr(self, name))
         choose("cfg_batch", self.cfg_batch, ("auto", "on", "off"))
         margins_of(self.outpaint)
+        interval_of(self.guidance_interval)
         for name in ("strength", "mask", "outpaint"):
             if getattr(self, name) is not None and self.image is None:
                 raise FieldError(name, "has no effect without {image}; add one, or leave it out")

@@ -34,7 +34,7 @@ from .facts import check_lora, check_text_encoder, find_model
 from .footprint import counted
 from .offload import arrange, pick
 from .pipeline import L2PPipeline, load_pipeline
-from .request import Lora, Request, Setup, drawn_size, margins_of
+from .request import Lora, Request, Setup, drawn_size, interval_of, margins_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -234,6 +234,7 @@ class Session:
                         width=request.width,
                         num_inference_steps=request.steps,
                         guidance_scale=request.guidance,
+                        guidance_interval=interval_of(request.guidance_interval),
                         # the scheduler's own is left to it: some take none from outside
                         shift=None if request.shift == pipe.default_shift else request.shift,
                         generator=torch.Generator().manual_seed(request.seed),
