@@ -3,6 +3,7 @@
 import json
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -114,13 +115,15 @@ def test_a_prediction_reads_weights_as_it_goes(source):
 
 
 def test_a_sheet(tmp_path, capsys):
-    folder = save_tiny(tmp_path / "pipe", transformer=tiny_transformer(**SIZES))
+    folder = save_tiny(tmp_path / "pipe", transformer=tiny_transformer(**SIZES), default_steps=2)
     export(folder, "q4_k", tmp_path / "m.gguf", "--sheet", tmp_path / "s.png", "--prompt", "a", "--prompt", "b",
            "--res", 32)  # fmt: skip
     said = capsys.readouterr().out
     assert "of 255 off: a" in said and "of 255 off: b" in said
     with Image.open(tmp_path / "s.png") as sheet:
         assert sheet.size == (64, 64)
+        left, right = (np.asarray(sheet.crop((x, 0, x + 32, 64)), dtype=float) for x in (0, 32))
+    assert np.abs(left - right).mean() < 1  # the folder's two steps, for the file too
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ def compare(
     """Lines on what ``path`` changes against ``source``: one prediction and, with ``sheet`` (a file to write), images.
 
     Args:
-        prompts: of the images, which both files draw from the same noise: a row a prompt, ``source`` on the left.
+        prompts: of the images, which both files draw from the same noise in the same steps, without a coarse start: a
+            row a prompt, ``source`` on the left.
         encoder: text encoder of the images; None: that of the pipeline folder that ``source`` is.
         side: height and width of the images; None: the model's own.
 
@@ -85,12 +86,13 @@ def compare(
     yield f"one prediction is {100 * prediction_error(path, source):.3g}% off"
     if sheet is None:
         return
+    requests = [Request(prompt, seed=0, height=side, width=side, coarse_size=0) for prompt in prompts]
     columns = []
     folder = str(source.path) if encoder is None else encoder
     for model, text_encoder in ((source.path, encoder), (path, folder)):
         session = Session.load(Setup(str(model), text_encoder), side)
         session.pipeline.set_progress_bar_config(disable=True)
-        requests = [Request(prompt, seed=0, height=side, width=side) for prompt in prompts]
+        requests = [session.fill(request) for request in requests]  # the first model's steps and guidance, for both
         columns.append([session.draw(request).image for request in requests])
         del session
         gc.collect()
