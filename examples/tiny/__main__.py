@@ -59,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
     road.add_argument("--pictures", type=int, default=2000, help="the renderer's, for the latent model (default 2000)")
     road.add_argument("--count", type=int, default=480, help="images that the latent model draws (default 480)")
     road.add_argument("--seeds", type=int, default=4, help="images of each of the 30 prompts to score (default 4)")
-    for stage in (ldm, corpus, transfer, bundle, score, ablate, sheet, road):
+    fewer = stages.add_parser("fewer", help="fewer steps, less guidance and caches against the full run")
+    fewer.add_argument("--per-task", type=int, default=4, help="prompts of each of the six tasks (default 4)")
+    fewer.add_argument("--sides-16", type=int, nargs="*", default=[256], help="px of tiny-1k's images (default 256)")
+    fewer.add_argument("--sides-64", type=int, nargs="*", default=[512], help="px of tiny-4k's images (default 512)")
+    for stage in (ldm, corpus, transfer, bundle, score, ablate, sheet, road, fewer):
         stage.add_argument(
             "--folder", type=Path, default=Path("runs/tiny"), help="where all is kept (default runs/tiny)"
         )
@@ -109,6 +113,10 @@ def main(argv: list[str] | None = None) -> int:
         from . import ablate
 
         ablate.run(args.folder, device, args.steps, args.per_task, args.other)
+    elif args.stage == "fewer":
+        from . import fewer
+
+        fewer.run(args.folder, device, args.per_task, {"tiny-1k": args.sides_16, "tiny-4k": args.sides_64})
     elif args.stage == "sheet":
         from . import score
 

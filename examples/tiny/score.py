@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,13 +56,13 @@ def contact_sheet(images: Iterable[Image.Image], columns: int, side: int = 192, 
     return sheet
 
 
-def from_pipeline(pipeline: L2PPipeline, side: int) -> Draw:
-    """A `Draw` that samples ``side`` px square with the pipeline's own defaults."""
+def from_pipeline(pipeline: L2PPipeline, side: int, **how: Any) -> Draw:
+    """A `Draw` that samples ``side`` px square with the pipeline's own defaults, but for ``how``."""
     pipeline.set_progress_bar_config(disable=True)
 
     def pictures(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipeline(prompts, height=side, width=side, generator=generators).images
+        return pipeline(prompts, height=side, width=side, generator=generators, **how).images
 
     return pictures
 
@@ -183,15 +184,16 @@ def run(folder: Path, device: torch.device, per_task: int, sides: dict[int, list
             table[f"{model}: looks"] = measure_looks(drawer, [s for s in look if s <= largest], known)
             print(model, table[f"{model}: looks"], flush=True)
             save()
-    text = _markdown({n: row for n, row in table.items() if "overall" in row}, [*TASKS, "overall", "retention"])
+    text = markdown({n: row for n, row in table.items() if "overall" in row}, [*TASKS, "overall", "retention"])
     columns = [f"{what} {side}" for side, names in LOOKS.items() for what in names]
-    text += "\n" + _markdown({n.split(":")[0]: row for n, row in table.items() if "overall" not in row}, columns)
+    text += "\n" + markdown({n.split(":")[0]: row for n, row in table.items() if "overall" not in row}, columns)
     with atomic_path(folder / "score.md") as temporary:
         temporary.write_text(text)
     return table
 
 
-def _markdown(table: dict[str, dict], columns: list[str]) -> str:
+def markdown(table: dict[str, dict], columns: Sequence[str]) -> str:
+    """A table with a row a model, or whatever else is compared."""
     lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for name, row in table.items()]
     return "\n".join(lines) + "\n"
