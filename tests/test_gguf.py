@@ -174,6 +174,13 @@ def test_8_bits_stay_8_bits(tmp_path, state, form, per_row, rotation):
     assert torch.equal(probe(kept), probe(plain))
 
 
+@pytest.mark.parametrize("leaf", ["weight.quant_state.bitsandbytes__nf4", "SCB"])
+def test_bitsandbytes_is_refused_by_name(tmp_path, state, leaf):
+    save_file(state | {f"layers.0.attention.to_q.{leaf}": torch.zeros(4)}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="quantized by bitsandbytes, which is not read"):
+        load_model(tmp_path / "m.safetensors")
+
+
 def test_layers_with_a_bias_stay_too(tmp_path):
     torch.manual_seed(0)
     model = empty(model_class("flux"), FLUX).to_empty(device="cpu")

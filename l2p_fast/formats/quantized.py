@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .names import strip_prefix
 
 SCALE_NAMES = ("weight_scale", "scale_weight")  # today's and the older name
 NOTE_NAME = "comfy_quant"
+OF_BITSANDBYTES = re.compile(r"\.(quant_state\.bitsandbytes__\w+|SCB)$")
 FOR_ACTIVATIONS = ("input_scale", "scale_input")  # of no use here: activations stay as they are
 FORMATS = {"int8_tensorwise": "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 # Keys of a note that change nothing in the weight: what they tell, dtypes and shapes tell as well.
@@ -34,6 +36,10 @@ def attach_scales(stored: dict[str, Stored], metadata: dict[str, str], path: Pat
     Raises:
         UserError: a scale, a note or a weight without the other, or a quantization that is not known.
     """
+    if any(OF_BITSANDBYTES.search(name) for name in stored):
+        raise UserError(
+            f"{path} is quantized by bitsandbytes, which is not read; take full weights and --quantize 4bit"
+        )
     notes = _notes_in(metadata, path)
     plain, scales = {}, {}
     for name, where in stored.items():
