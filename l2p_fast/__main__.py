@@ -14,6 +14,7 @@ COMMANDS = {
     "data": "make training images: categories, prompts, a filter, images, a page about them",
     "evaluate": "draw and score images: benchmarks, FID, CLIP, the patch grid",
     "convert": "make checkpoints out of checkpoints",
+    "serve": "serve images over HTTP, by OpenAI's API",
     "info": "what is installed, and how the kernels were built; what a file holds",
     "plot": "draw the curves of trainings",
 }

@@ -1,7 +1,7 @@
 """A model that is loaded and draws: `Session.load(setup)`, then ``session.draw(request)`` for each image.
 
 Every surface (the command line, a trainer's sample sheets, benchmarks, a server) draws through this and nothing else.
-A session draws one image at a time; calls from several threads wait for one another.
+A session does one drawing at a time; calls from several threads wait for one another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from .. import __version__, ops
-from ..errors import FieldError
+from ..errors import FieldError, UserError
 from ..formats.lora import files_of
 from ..loading import load_loras
 from ..models import attention
@@ -51,7 +51,7 @@ class Progress:
     Attributes:
         step: how many are done, of ``total`` over both stages.
         stage: "coarse" or "full".
-        pixels: (1, 3, H, W) fp32, the state; a copy of its own.
+        pixels: (B, 3, H, W) fp32, the state of the B images that are drawn together; a copy of its own.
     """
 
     step: int
@@ -204,14 +204,39 @@ class Session:
         Raises:
             UserError: what doesn't fit the model, too little memory, or an image that isn't finite.
         """
+        return self.draw_together([request], on_step, [image], [mask])[0]
+
+    def draw_together(
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[Progress], None] | None = None,
+        images: Sequence[Image | None] = (),
+        masks: Sequence[Image | None] = (),
+    ) -> list[Drawing]:
+        """Draw several images as one batch, each from its own noise; they differ in what `settings_of` leaves out.
+
+        Each is what `draw` makes of its request, up to the rounding of sums that a batch adds in another order.
+
+        Args:
+            on_step, images, masks: as for `draw`, an image and a mask for each request; none: of no request.
+
+        Raises:
+            UserError: as `draw`; requests of several sizes or settings.
+        """
+        images, masks = list(images) or [None] * len(requests), list(masks) or [None] * len(requests)
         with self._lock:
-            if request.image is not None and image is None:
-                image = read_image("image", request.image)
-                request = _with_digest(request, "image")
-            if request.mask is not None and mask is None:
-                mask = read_mask("mask", request.mask, image.size)
-                request = _with_digest(request, "mask")
-            request = self.fill(request, image)
+            filled = []
+            for i, request in enumerate(requests):
+                if request.image is not None and images[i] is None:
+                    images[i] = read_image("image", request.image)
+                    request = _with_digest(request, "image")
+                if request.mask is not None and masks[i] is None:
+                    masks[i] = read_mask("mask", request.mask, images[i].size)
+                    request = _with_digest(request, "mask")
+                filled.append(self.fill(request, images[i]))
+            request = filled[0]
+            if any(settings_of(other) != settings_of(request) for other in filled):
+                raise UserError("images of several sizes or settings are not drawn together; draw them one by one")
             self.choose_attention(request.height, request.width)
             pipe, start, seconds = self.pipeline, time.perf_counter(), {}
 
@@ -222,10 +247,10 @@ class Session:
                 if on_step is not None:
                     on_step(Progress(step + 1, pipe.num_timesteps, pipe.stage, tensors["latents"]))
 
-            words = {"prompt": request.prompt, "negative_prompt": request.negative}
+            words = {"prompt": [one.prompt for one in filled], "negative_prompt": [one.negative for one in filled]}
             if self.texts is not None:
-                embeds = self.texts([request.prompt, request.negative])
-                words = {"prompt_embeds": embeds[:1], "negative_prompt_embeds": embeds[1:]}
+                embeds, count = self.texts([*words["prompt"], *words["negative_prompt"]]), len(filled)
+                words = {"prompt_embeds": embeds[:count], "negative_prompt_embeds": embeds[count:]}
             try:
                 with attention.use(self.setup.attention):
                     drawn = pipe(
@@ -237,19 +262,19 @@ class Session:
                         guidance_interval=interval_of(request.guidance_interval),
                         # the scheduler's own is left to it: some take none from outside
                         shift=None if request.shift == pipe.default_shift else request.shift,
-                        generator=torch.Generator().manual_seed(request.seed),
+                        generator=[torch.Generator().manual_seed(one.seed) for one in filled],
                         cfg_batch=_CFG_BATCH[request.cfg_batch],
                         cuda_graph=self.setup.cuda_graph,
                         coarse_size=request.coarse_size,
                         coarse_strength=request.coarse_strength,
                         callback_on_step_end=note,
                         callback_on_step_end_tensor_inputs=("latents",) if on_step is not None else (),
-                        image=image,
+                        image=None if images[0] is None else images,
                         strength=request.starts_at,
-                        mask_image=None if request.mask is None else mask,
+                        mask_image=None if request.mask is None else masks,
                         mask_blend=request.mask_blend,
                         outpaint=None if request.outpaint is None else margins_of(request.outpaint),
-                    ).images[0]
+                    ).images
             except torch.OutOfMemoryError as error:
                 size = f"{request.width}x{request.height}"
                 raise FieldError(
@@ -257,10 +282,10 @@ class Session:
                     f"{self.setup.device} has too little memory for {size}; try {{offload}} model or a smaller size",
                 ) from error
         batched = {True: "on", False: "off", None: request.cfg_batch}[pipe.cfg_batched]
-        setup = replace(self.setup, head_memory_mb=pipe.transformer.head.memory_mb)
-        settings = setup.as_dict() | replace(request, cfg_batch=batched).as_dict()
-        settings |= {"version": __version__, "torch": torch.__version__}
-        return Drawing(drawn, settings, seconds)
+        setup = replace(self.setup, head_memory_mb=pipe.transformer.head.memory_mb).as_dict()
+        versions = {"version": __version__, "torch": torch.__version__}
+        settings = [setup | replace(one, cfg_batch=batched).as_dict() | versions for one in filled]
+        return [Drawing(image, its, seconds) for image, its in zip(drawn, settings, strict=True)]
 
     def peak_memory(self) -> str:
         """Peak memory so far, as words: of the CUDA allocator, else of the process."""
@@ -273,6 +298,11 @@ class Session:
             return "unknown on this system"
         unit = 1 if sys.platform == "darwin" else 1024
         return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB (process)"
+
+
+def settings_of(request: Request) -> Request:
+    """What requests have in common whose images can be drawn together: all but texts, seeds and digests."""
+    return replace(request, prompt="", negative="", seed=0, image_sha256=None, mask_sha256=None)
 
 
 def _identified(lora: Lora) -> Lora:
