@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from l2p_fast import convert, data, evaluate, sample, train
+from l2p_fast import convert, data, evaluate, sample, serve, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]}
@@ -19,6 +19,7 @@ PARSERS = {
     "convert": convert.build_parser,
     "data": data.build_parser,
     "evaluate": evaluate.build_parser,
+    "serve": serve.build_parser,
 }
 
 
@@ -46,6 +47,11 @@ def test_every_option_of_sample_is_documented():
     known = {option for action in sample.build_parser()._actions for option in action.option_strings}
     written = set(re.findall(r"--[a-z][a-z-]*", PAGES["sampling.md"]))
     assert known - {"-h", "--help"} <= written
+
+
+def test_every_option_of_serve_is_documented():
+    known = {option for action in serve.build_parser()._actions for option in action.option_strings}
+    assert known - {"-h", "--help"} <= set(re.findall(r"--[a-z][a-z-]*", PAGES["serving.md"]))
 
 
 def test_every_option_of_evaluate_is_documented():

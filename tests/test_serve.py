@@ -7,11 +7,16 @@ import contextlib
 import http.client
 import io
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,7 +217,7 @@ def test_progress_as_events(start, session):
     assert sorted(event.index for event in drawn) == [0, 1] and drawn[-1] is events[-1]
     assert {decoded(event).size for event in drawn} == {(32, 32)}
     steps = [event.step for event in events if event.type == "image_generation.progress" and event.index == 0]
-    assert steps == sorted(set(steps)) and steps[0] == 0 and len(steps) + 2 <= len(events)
+    assert steps == sorted(set(steps)) and len(steps) > 2 and len(steps) + 2 <= len(events)
     with pytest.raises(openai.APIError, match="can't be drawn"):
         list(client(api).images.generate(prompt="bad", size="32x32", stream=True))
 
@@ -402,6 +407,45 @@ def test_store(tmp_path):
     assert 500 < size < 1000 and [store.find(name) is not None for name in names] == [False, size <= 750, True]
     assert store.encode(drawing, "png") == store.find(names[2]).read_bytes()
     assert store.find(f"../{tmp_path.name}/{names[2]}") is None
+
+
+@pytest.mark.slow
+def test_fuzzed(start, session, monkeypatch):
+    """Schemathesis finds nothing that is no answer of the API; what is drawn is blank, so that much is asked."""
+    pytest.importorskip("schemathesis")
+
+    def blank(requests, *_):
+        settings = session.setup.as_dict() | requests[0].as_dict()
+        return [Drawing(Image.new("RGB", (one.width, one.height)), settings, {}) for one in requests]
+
+    monkeypatch.setattr(session, "draw_together", blank)
+    api = start(replace(LIMITS, pixels=1024 * 1024))
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    options = ["--max-examples", "15", "--checks", checks, "--seed", "1", "--no-color", "--phases", "coverage,fuzzing"]
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{api.url}/openapi.json", *options]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert said.returncode == 0, said.stdout[-6000:] + said.stderr[-2000:]
+    assert ask(api, "GET", "/health")[0] == 200
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_stops(tmp_path):
+    command = [sys.executable, "-m", "l2p_fast", "serve", "--port", "0", "--max-steps", "1000"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as server, contextlib.ExitStack() as stack:
+        stack.callback(server.kill)
+        line = next(line for line in server.stdout if line.startswith("serving"))
+        api = SimpleNamespace(port=int(re.search(r":(\d+) ", line)[1]))
+        assert generate(api, size="128x128", steps=1, response_format="url")[0] == 200
+        assert len(list(tmp_path.glob("l2p-serve-*/*.png"))) == 1
+        with ThreadPoolExecutor(1) as pool:
+            last = pool.submit(generate, api, size="256x256", steps=4)
+            until(lambda: json.loads(ask(api, "GET", "/health")[2])["drawing"])
+            server.terminate()
+            assert last.result()[0] == 200  # what is being drawn is finished
+        assert server.wait(60) == 0 and not server.stderr.read()
+    assert not list(tmp_path.glob("l2p-serve-*"))
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

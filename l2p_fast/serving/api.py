@@ -37,7 +37,7 @@ from .uploads import mask_of, open_upload, source_of
 _GLANCE = 0.1  # seconds between two looks at how far an image is
 _SIGN_OF_LIFE = 10.0  # seconds without news after which a comment is sent
 _WRONG = {status: {"model": Wrong} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503)}
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS = {"text/event-stream": {"schema": {"type": "object"}}}
 
 
 class Api:
