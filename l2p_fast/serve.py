@@ -102,7 +102,7 @@ def read_key(file: str | None) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """A socket that is bound, and doesn't listen yet.
 
     Raises:
         UserError: no such address, or the port is taken.
@@ -172,6 +172,7 @@ def run(argv: list[str] | None = None) -> int:
                 app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, ws="none",
                 http="h11", timeout_graceful_shutdown=args.grace, limit_concurrency=512,
             )  # fmt: skip
+            sock.listen()  # who comes from here on is answered
             host, port = sock.getsockname()[:2]
             print(
                 f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port} (its API: /docs)", flush=True

@@ -18,6 +18,7 @@ class Metrics:
         self._answers = Counter("l2p_requests", "answered HTTP requests", ("route", "status"), **own)
         self._drawn = Counter("l2p_images_drawn", "drawn images", **own)
         self._left = Counter("l2p_images_cancelled", "images whose client left while they were drawn", **own)
+        self._failed = Counter("l2p_images_failed", "images that could not be drawn", **own)
         self._waited = Histogram("l2p_wait_seconds", "of an image in the queue", buckets=_SECONDS, **own)
         self._seconds = Histogram("l2p_draw_seconds", "of a batch", buckets=_SECONDS, **own)
         self._batch = Histogram("l2p_batch_images", "drawn together", buckets=(1, 2, 4, 8, 16, 32), **own)
@@ -26,7 +27,8 @@ class Metrics:
 
     def on_batch(self, batch: Batch) -> None:
         """Count a batch that was drawn."""
-        self._drawn.inc(batch.images - batch.left)
+        self._drawn.inc(batch.images - batch.left - batch.failed)
+        self._failed.inc(batch.failed)
         self._left.inc(batch.left)
         for seconds in batch.waited:
             self._waited.observe(seconds)

@@ -62,13 +62,14 @@ class Batch:
     """What is told of a batch that was drawn.
 
     Attributes:
-        images: how many it had, of which ``left`` were cancelled meanwhile.
+        images: how many it had, of which ``left`` were cancelled meanwhile and ``failed`` can't be drawn.
         waited: seconds that each was in the line.
         seconds: that drawing took.
     """
 
     images: int
     left: int
+    failed: int
     waited: list[float]
     seconds: float
 
@@ -158,7 +159,7 @@ class Line:
         return self._waiting
 
     def _next(self) -> list[Ticket]:
-        """The first in the line and those that can be drawn with it; waits for one. None: closing."""
+        """The first in the line and those that can be drawn with it; waits for one. Empty: closing."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._prune())
             if self._closing:
@@ -177,8 +178,9 @@ class Line:
             self._draw(tickets)
             self._drawing = []
             left = sum(ticket.future.cancelled() for ticket in tickets)
+            failed = sum(ticket.future.exception() is not None for ticket in tickets if not ticket.future.cancelled())
             waited = [start - ticket.put for ticket in tickets]
-            self.on_batch(Batch(len(tickets), left, waited, time.monotonic() - start))
+            self.on_batch(Batch(len(tickets), left, failed, waited, time.monotonic() - start))
 
     def _draw(self, tickets: Sequence[Ticket]) -> None:
         def on_step(progress: Progress) -> None:
