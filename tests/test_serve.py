@@ -142,7 +142,7 @@ def test_openai_client(start, session):
     ours = {"seed": 7, "steps": 3, "guidance": 3.0, "shift": 2.0, "negative_prompt": "a ring"}
     answer = client(api).images.generate(prompt="a star", n=2, size="48x32", extra_body=ours)
     assert [data.seed for data in answer.data] == [7, 8] and answer.size == "48x32"
-    request = Request("a star", 7, "a ring", 32, 48, 3, 3.0, 2.0)
+    request = Request("a star", 7, "a ring", 32, 48, 3, 3.0, shift=2.0)
     for i, data in enumerate(answer.data):
         assert same(decoded(data), session.draw(replace(request, seed=7 + i)))
     settings = json.loads(decoded(answer.data[1]).info["l2p_fast"])
