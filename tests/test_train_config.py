@@ -30,7 +30,8 @@ def test_shipped_configurations_load(path):
 
 
 def test_shipped_configurations_are_all_there():
-    assert {path.stem for path in CONFIGS} == {"l2p-1k", "l2p-4k", "l2p-8k", "l2p-10k", "24gb", "lora", "tiny"}
+    recipes = {"l2p-1k", "l2p-4k", "l2p-8k", "l2p-10k", "24gb", "distil-24gb", "lora", "tiny"}
+    assert {path.stem for path in CONFIGS} == recipes
 
 
 def test_overrides(tmp_path):

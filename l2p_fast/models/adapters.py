@@ -8,6 +8,7 @@ Plain pairs bear PEFT's names (``lora_A.NAME.weight``), so they are trained and 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
 
@@ -202,6 +203,22 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
             own = hasattr(module, "in_features")
             shapes[f"{name}.weight"] = (module.out_features, module.in_features) if own else tuple(module.shape)
     return {plain_name(name): shape for name, shape in shapes.items()}
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """In this context the layers of ``model`` compute as if no adapters lay over them, bit for bit.
+
+    PEFT's ``enable_adapters`` says of parameters, too, that they are not trained, which sharding doesn't bear.
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def is_adaptable(module: nn.Module) -> bool:

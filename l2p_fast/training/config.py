@@ -55,8 +55,11 @@ class LoraConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """How the noise level and the noise of an image are drawn."""
+    """What is learned, and how the noise level and the noise of an image are drawn."""
 
+    kind: Literal["flow", "guided", "trajectory"] = "flow"  # the images, or what the base does (`distil`)
+    guidance: float = 2.0  # of the base
+    substeps: int = 4  # of the base to one of ``grid`` steps: trajectory
     sigma: Literal["grid", "continuous", "logit_normal"] = "grid"
     grid: int = 500  # steps of the grid
     shift: float = 3.0
@@ -185,6 +188,7 @@ BOUNDS: dict[str, tuple[float | None, float]] = {
     "steps": (1, 99_999_999), "minutes": (0, 1e7), "accumulation": (1, 65536), "seed": (-(2**63), 2**64 - 1),
     "save_every": (1, 99_999_999), "keep": (1, 10_000),
     "model.patch_size": (1, 1024), "freeze.n": (0, 10_000), "lora.rank": (0, 65536), "lora.alpha": (0, 1e6),
+    "objective.guidance": (0, 1000), "objective.substeps": (1, 1000),
     "objective.grid": (1, 1_000_000), "objective.shift": (ABOVE_ZERO, 1000), "objective.mean": (-100, 100),
     "objective.std": (ABOVE_ZERO, 100), "objective.uniform_share": (0, 1), "objective.pyramid": (0, 1e6),
     "data.grids.*.tokens": (1, 2**20), "data.grids.*.batch": (1, 65536), "data.grids.*.share": (ABOVE_ZERO, 1e6),
@@ -335,6 +339,8 @@ def check(config: Config) -> None:
         raise UserError("data.grids is empty; give at least one, as in data.grids='[{tokens: 4096, batch: 8}]'")
     if config.lora.rank and not config.lora.targets:
         raise UserError(f"lora.targets is empty; name layers, as in lora.targets='[to_q, to_v]', or give [{BLOCKS}]")
+    if config.objective.kind != "flow":
+        check_distilling(config)
     if len(config.optim.betas) != 2:
         raise UserError(f"optim.betas must be two numbers in [0, 1), got {len(config.optim.betas)}")
     if config.optim.fused and config.accumulation > 1:
@@ -352,6 +358,32 @@ def check(config: Config) -> None:
         raise UserError("gate.by=fid needs gate.reference, a folder of images, and 2 of log.prompts or more")
     if config.parallel.hybrid and not config.parallel.fsdp:
         raise UserError("--hybrid is a way of sharding; add --fsdp")
+
+
+def check_distilling(config: Config) -> None:
+    """Refuse what a model that learns of itself can't have.
+
+    Raises:
+        UserError: it has.
+    """
+    kind, objective = f"objective.kind={config.objective.kind}", config.objective
+    if not config.lora.rank or config.freeze.policy != "none":
+        raise UserError(
+            f"{kind} learns from the base, which must stay beside what is trained; give lora.rank, as in lora.rank=32, "
+            "and freeze.policy=none"
+        )
+    if objective.pyramid:
+        raise UserError(f"{kind} has no images for objective.pyramid; leave that out")
+    if objective.kind == "trajectory":
+        if objective.sigma != "grid" or objective.uniform_share:
+            raise UserError(f"{kind} learns the steps of objective.grid; take objective.sigma=grid, uniform_share=0")
+        plain = GridConfig()
+        for number, grid in enumerate(config.data.grids):
+            for name in ("sigma_max", "shift", "head_crop", "coarse"):
+                if getattr(grid, name) != getattr(plain, name):
+                    raise UserError(
+                        f"{kind} follows whole images through all of the schedule; leave data.grids.{number}.{name} out"
+                    )
 
 
 def _numbers(values: Any, where: str) -> Iterator[tuple[str, float]]:

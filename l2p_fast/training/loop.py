@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..formats.checkpoint import Checkpoint
 from ..formats.values import is_finite
 from ..models.pixel import PixelModel
+from . import distil
 from . import state as checkpoints
 from .build import autocast, build, check_base
 from .config import Config, LoraConfig, as_dict, write_config
@@ -175,6 +176,9 @@ def passes(model: nn.Module, batch: Batch, features: Features, config: Config, d
     texts = [features[prompt].to(device) for prompt in batch.prompts]
     pixels, noise, sigma = (x.to(device, non_blocking=True) for x in (batch.pixels, batch.noise, batch.sigma))
     with autocast(config, device):
+        if config.objective.kind != "flow":
+            empty = features[""].to(device)
+            return distil.losses(model, pixels, noise, sigma, texts, empty, config.objective, batch.windows)
         return losses(model, pixels, noise, sigma, texts, batch.windows, config.objective.pyramid)
 
 
@@ -256,7 +260,8 @@ def open_data(config: Config, workers: Workers) -> tuple[list[TrainingImage], Fe
     """The images and their text features, made where they are missing (each process its part)."""
     images = workers.share(list_images(config.data) if workers.first else None)
     features = Features(config.data.features or Path(config.run) / "features")
-    empty = [""] if config.data.caption_dropout or config.log.sample_every or config.gate.every else []
+    unprompted = config.data.caption_dropout or config.log.sample_every or config.gate.every
+    empty = [""] if unprompted or config.objective.kind != "flow" else []
     missing = features.missing([*empty, *(image.prompt for image in images), *config.log.prompts])
     workers.wait()
     if missing:

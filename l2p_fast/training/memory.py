@@ -20,6 +20,7 @@ from ..models.pixel import PixelModel
 from ..quantize.frozen import linear_bytes
 from .config import Config, GridConfig
 from .data import shapes_of
+from .distil import teacher_passes
 from .freeze import freeze, groups
 from .optim import CHUNK, state_bytes
 from .pairs import add_pairs, kept_bytes, targets
@@ -27,6 +28,7 @@ from .parallel import DTYPES
 
 TEXT_TOKENS = 512  # the longest prompt
 PIXEL_TENSORS = 6  # images held in fp32 at once: x0, noise, x_t, prediction, its error, its gradient
+TEACHER_TENSORS = 2  # and where a teacher is followed: its state and one of its predictions
 
 
 @dataclass
@@ -109,7 +111,8 @@ def _activations(config: Config, model: PixelModel, grid: GridConfig, batch: int
         kept += sum(pairs)
     step = model.size_multiple // model.patch_size
     h, w = shapes_of(tokens, config.data.max_aspect, step)[0]
-    images = PIXEL_TENSORS * 4 * 3 * batch * h * w * model.patch_size**2
+    held = PIXEL_TENSORS + (TEACHER_TENSORS if teacher_passes(config.objective) else 0)
+    images = held * 4 * 3 * batch * h * w * model.patch_size**2
     height, width = (min(side, grid.head_crop or side) * model.patch_size for side in (h, w))
     return int(kept), int(images + max(block, head_bytes(model, batch, height, width, dtype, config.memory.head_mb)))
 
@@ -199,6 +202,9 @@ def plan(config: Config, processes: int = 1, device_gb: float | None = None) -> 
     for group, names in groups(list(sizes)).items():
         counts = [sum(sizes[n] for n in names if (n in trained) == yes) for yes in (True, False)]
         lines.append(f"{'':11}{group:<18}{_count(counts[0]):>12}{_count(counts[1]):>12}")
+    if count := teacher_passes(config.objective):
+        lines.append(f"objective  {config.objective.kind}: {count} forward passes with the adapters off to each that "
+                     "is trained; they keep nothing")  # fmt: skip
     world = processes if config.parallel.fsdp else 1
     memory = expected(config, model, world)
     lines.append(f"memory     of each of {world} devices" if world > 1 else "memory")
