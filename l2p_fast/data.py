@@ -148,6 +148,10 @@ def images(args: argparse.Namespace) -> int:
     mine, waiting, failed = made.jobs[share.rank :: share.world], made.waiting(share), 0
     if len(mine) > len(waiting):
         print(f"{len(mine) - len(waiting)} images are finished and skipped")
+    if waiting and not by_ray:  # a model that can't be loaded leaves nothing behind
+        painter, report = source.painter(share.device(args.device))
+        gate = ClipGate(args.gate, share.device(args.device)) if args.gate else None
+        print("\n".join(report), flush=True)
     made.start()
     try:
         if waiting and by_ray:
@@ -156,9 +160,6 @@ def images(args: argparse.Namespace) -> int:
             with contextlib.closing(ray_workers.draw(made, waiting, args.workers, args.device)) as outcomes:
                 failed = made.follow(outcomes, len(waiting), bar=not args.no_progress)
         elif waiting:
-            painter, report = source.painter(share.device(args.device))
-            gate = ClipGate(args.gate, share.device(args.device)) if args.gate else None
-            print("\n".join(report), flush=True)
             failed = made.draw(painter, waiting, gate, bar=share.rank == 0 and not args.no_progress)
     finally:
         kept, rejected = made.write_tables()

@@ -217,7 +217,8 @@ def test_progress_as_events(start, session):
     assert sorted(event.index for event in drawn) == [0, 1] and drawn[-1] is events[-1]
     assert {decoded(event).size for event in drawn} == {(32, 32)}
     steps = [event.step for event in events if event.type == "image_generation.progress" and event.index == 0]
-    assert steps == sorted(set(steps)) and len(steps) > 2 and len(steps) + 2 <= len(events)
+    # A client that is slower than the steps is told of the last one alone.
+    assert steps and steps == sorted(set(steps)) and len(steps) + 2 <= len(events)
     with pytest.raises(openai.APIError, match="can't be drawn"):
         list(client(api).images.generate(prompt="bad", size="32x32", stream=True))
 

@@ -113,8 +113,8 @@ class ImageSet:
             there = parse_json(file.read_bytes()) if file.exists() else {}
         except (OSError, ValueError) as error:
             raise UserError(f"{file} is damaged ({error}); name another --out") from error
-        if there and there != self._settings:
-            names = [key for key in {*self._settings, *there} if self._settings.get(key) != there.get(key)]
+        names = [key for key in {*self._settings, *there} if self._settings.get(key) != there.get(key)]
+        if there and names:
             name = min(names)
             raise UserError(
                 f"{self.folder} holds images with {name} {there.get(name)!r}, not {self._settings.get(name)!r}; "

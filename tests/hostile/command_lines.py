@@ -352,7 +352,7 @@ def main() -> None:
         raise UserError(ACCEPTED)
 
     stand_in = types.ModuleType("l2p_fast.sampling.session")
-    stand_in.Session = types.SimpleNamespace(load=load)
+    stand_in.Session, stand_in.draw_small = types.SimpleNamespace(load=load), load
     sys.modules["l2p_fast.sampling.session"] = stand_in
     stdout = sys.stdout
     for case in cases():
