@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.stage == "road":
         from . import road
 
-        road.run(args.folder, args.source, args.minutes, args.pictures, args.count, args.seeds)
+        road.run(args.folder / args.source, args.minutes, args.pictures, args.count, args.seeds)
     elif args.stage == "bundle":
         from . import bundle
 

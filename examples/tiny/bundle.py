@@ -62,8 +62,8 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    16: Recipe(0.25, {128: 0.4, 256: 0.2, 512: 0.2, 1024: 0.2}, crop=64, batch=24, shift=6.0, steps=16),
-    64: Recipe(0.375, {512: 0.3, 1024: 0.15, 2048: 0.2, 4096: 0.35}, crop=256, batch=4, shift=16.0, steps=24),
+    16: Recipe(0.25, {128: 0.7, 256: 0.1, 512: 0.1, 1024: 0.1}, crop=64, batch=24, shift=6.0, steps=16),
+    64: Recipe(0.375, {512: 0.6, 1024: 0.05, 2048: 0.05, 4096: 0.3}, crop=256, batch=4, shift=16.0, steps=24),
 }
 FOLDERS = {16: "tiny-1k", 64: "tiny-4k"}
 GUIDANCE, COARSE_STRENGTH, FULL_GUIDANCE = 1.7, 0.8, 1.0
@@ -170,7 +170,7 @@ def draw_sample(recipe: Recipe, patch_size: int, seed: int) -> Sample:
         shown = clean + max(0.0, rng.uniform(-0.5, 1.0)) * (blurred - sharp)
     else:
         shift = recipe.shift
-        sigma = shift * u / (1 + (shift - 1) * u) if rng.random() < 0.5 else 0.7 * u
+        sigma = shift * u / (1 + (shift - 1) * u) if rng.random() < 0.75 else 0.7 * u
     sigma = max(sigma, 0.01)
     small_sigma = sigma / (gain * (1 - sigma + sigma / gain))  # as `L2PTransformer2DModel` reads it
     return Sample(

@@ -47,8 +47,8 @@ SHIFT = 6.0
 PROBE_LAYER, PROBE_WEIGHT = 4, 0.1
 # One thing alone is drawn large and moves about most, so its outline is learned last.
 TASK_SHARES = {
-    "single_object": 0.12, "two_object": 0.14, "counting": 0.14, "colors": 0.16,
-    "position": 0.16, "color_attr": 0.14, "free": 0.14,
+    "single_object": 0.2, "two_object": 0.1, "counting": 0.1, "colors": 0.28,
+    "position": 0.12, "color_attr": 0.1, "free": 0.1,
 }  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
