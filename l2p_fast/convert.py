@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import FieldError, Parser, UserError, few, run_cli
+from .errors import Parser, UserError, few, option_names, run_cli
 from .formats.checkpoint import Checkpoint
 from .formats.initial import initial
 from .formats.names import LAYOUTS
@@ -238,10 +238,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if getattr(args, "head_width", None) is not None and not 0 < args.head_width < 16:
         raise UserError(f"--head-width must lie between 0 and 16, got {args.head_width}; the published head is 1.0")
-    try:
+    with option_names():
         args.run(args)
-    except FieldError as error:
-        raise UserError(error.worded(lambda name: "--" + name.replace("_", "-"))) from error
     return 0
 
 

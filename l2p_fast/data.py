@@ -26,7 +26,7 @@ from .datamaking.taxonomy import read_taxonomy
 from .datamaking.templates import Grammar
 from .datamaking.texts import LANGUAGES
 from .datamaking.writing import waiting, write_by_model, write_by_templates
-from .errors import FieldError, Parser, UserError, run_cli
+from .errors import FieldError, Parser, UserError, option_names, run_cli
 from .sampling.drawing import FORMATS
 from .sampling.request import Request, Setup, check_number, choose
 
@@ -229,10 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
+    with option_names():
         return args.run(args)
-    except FieldError as error:
-        raise UserError(error.worded(lambda name: "--" + name.replace("_", "-"))) from error
 
 
 if __name__ == "__main__":

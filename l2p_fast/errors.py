@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -29,6 +30,15 @@ class FieldError(UserError):
     def worded(self, name: Callable[[str], str]) -> str:
         """The message with each field called what ``name`` makes of it."""
         return f"{name(self.field)} {re.sub(r'{([a-z][a-z_]*)}', lambda found: name(found[1]), self.problem)}"
+
+
+@contextlib.contextmanager
+def option_names() -> Iterator[None]:
+    """In this context a `FieldError` becomes a `UserError` that calls fields as a command line does: ``--max-n``."""
+    try:
+        yield
+    except FieldError as error:
+        raise UserError(error.worded(lambda name: "--" + name.replace("_", "-"))) from error
 
 
 def few(names: Iterable[Any], most: int = 3) -> str:

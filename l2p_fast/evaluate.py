@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import FieldError, UserError, run_cli
+from .errors import FieldError, UserError, option_names, run_cli
 from .evaluation.arguments import build_parser, check_scoring
 from .evaluation.scorefiles import read_scores
 from .evaluation.suites import EACH, SAMPLERS, WAYS, Work, plan, read_tasks, tasks_of, write_lists
@@ -180,11 +180,9 @@ def run_grid(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's). A wrong argument or file is a `UserError`."""
     args = build_parser().parse_args(argv)
-    try:
+    with option_names():
         check_scoring(args)
         {"folder": run_folders, "compare": run_folders, "grid": run_grid}.get(args.command, run_suite)(args)
-    except FieldError as error:
-        raise UserError(error.worded(lambda name: "--" + name.replace("_", "-"))) from error
     return 0
 
 

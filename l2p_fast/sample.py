@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import FieldError, Parser, UserError, run_cli
+from .errors import FieldError, Parser, UserError, option_names, run_cli
 from .models.attention import DOWNLOADS
 from .sampling.drawing import FORMATS, LARGEST_SIDE, read_image, read_mask, read_settings
 from .sampling.facts import (
@@ -230,10 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: a wrong argument or file; `run_cli` turns it into one line and exit code 2.
     """
-    try:
+    with option_names():
         return run(argv)
-    except FieldError as error:
-        raise UserError(error.worded(lambda name: "--" + name.replace("_", "-"))) from error
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .errors import FieldError, Parser, UserError, run_cli
+from .errors import FieldError, Parser, UserError, option_names, run_cli
 from .sampling.facts import check_lora, check_text_encoder, find_model
 from .sampling.request import Setup
 from .startup import all_stays, hide_unused
@@ -187,10 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: a wrong argument or file.
     """
-    try:
+    with option_names():
         return run(argv)
-    except FieldError as error:
-        raise UserError(error.worded(lambda name: "--" + name.replace("_", "-"))) from error
 
 
 if __name__ == "__main__":

@@ -331,16 +331,6 @@ def model(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny", default_steps=2, default_guidance_scale=1.0)
 
 
-@pytest.fixture
-def run(model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv, model=model):
-        return sample.main([*map(str, argv), *(["--model", str(model)] if model else [])])
-
-    return run
-
-
 def pixels(path) -> np.ndarray:
     return np.array(Image.open(path))
 

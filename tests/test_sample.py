@@ -33,16 +33,6 @@ def model(tmp_path_factory) -> Path:
     return save_tiny(folder, dtype=torch.bfloat16, default_steps=2, default_guidance_scale=2.0)
 
 
-@pytest.fixture
-def run(model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv, model=model):
-        return sample.main([*map(str, argv), *(["--model", str(model)] if model else [])])
-
-    return run
-
-
 def pixels(path) -> np.ndarray:
     return np.array(Image.open(path))
 

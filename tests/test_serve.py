@@ -411,7 +411,7 @@ def test_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_fuzzed(start, session, monkeypatch):
+def test_fuzzed(start, session, monkeypatch, tmp_path):
     """Schemathesis finds nothing that is no answer of the API; what is drawn is blank, so that much is asked."""
     pytest.importorskip("schemathesis")
 
@@ -424,7 +424,7 @@ def test_fuzzed(start, session, monkeypatch):
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     options = ["--max-examples", "15", "--checks", checks, "--seed", "1", "--no-color", "--phases", "coverage,fuzzing"]
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{api.url}/openapi.json", *options]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert said.returncode == 0, said.stdout[-6000:] + said.stderr[-2000:]
     assert ask(api, "GET", "/health")[0] == 200
 
